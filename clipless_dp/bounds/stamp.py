@@ -9,24 +9,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-Stamp = tuple[int, tuple[int, ...], bytes, bytes]
+Stamp = tuple[int, tuple[int, ...], bytes]
 
 _BLOCK = 2048
 """Entries of a parameter that are summed up in one number of a stamp."""
 
 
 def stamp(parameter: Tensor) -> Stamp:
-    """Tells whether a parameter has changed: its version, its place in memory, and two digests of its numbers.
+    """Tells whether a parameter has changed: its version, its place in memory, and a digest of its numbers.
 
     Of a parameter that is split among processes, each stamps the part that it holds.
 
-    The digests are for changes through ``.data``, of which autograd's version counter knows nothing. One is of the sums
+    The digest is for changes through ``.data``, of which autograd's version counter knows nothing. It is of the sums
     of bit patterns over blocks of 2048 entries, in the order of memory, as integers modulo 2⁶⁴ (of float32, pairs as
-    one), without rounding. The other is of weighted sums ``Σ_i r_i w_{in+k}`` of every n-th entry, for n blocks, with
-    fixed pseudo-random ``r``. Up to collisions of a 128-bit hash:
+    one), without rounding; of weighted sums ``Σ_i r_i w_{in+k}`` of every n-th entry, for n blocks, with fixed
+    pseudo-random ``r``; and of the patterns of what these blocks leave, or of all entries where they are fewer than
+    4096. Up to collisions of a 128-bit hash:
 
     * a change of one pattern is always noticed, and so is any change, exchange or shuffle after which some block's
       patterns have another sum: in particular what moves different patterns between two blocks;
+    * so is any change of what is not in blocks;
     * what keeps all these sums, a shuffle within blocks or an even number of sign changes, say, is noticed where it
       moves some weighted sum by more than that sum's rounding. For a change ``d`` of the 2048 entries of one sum, and
       weights uniform in an interval of length 1, ``Σ r_i d_i`` has a density of at most ``1/max|d_i|``: to stay within
@@ -43,19 +45,14 @@ def stamp(parameter: Tensor) -> Stamp:
         patterns = flat.view(torch.int64)
     else:
         patterns = flat.view(torch.int32)
+    if size < 2 * _BLOCK:
+        return version, place, _digest(patterns)
+    blocks, length = size // _BLOCK, _BLOCK * patterns.numel() // size
     with torch.autocast(flat.device.type, enabled=False) if torch.is_autocast_enabled(flat.device.type) else _NOTHING:
-        weights = _weights(flat.dtype, flat.device)
-        if size < _BLOCK:
-            sums, weighted = patterns.sum(), torch.dot(flat, weights[:size])
-            return version, place, sums.cpu().numpy().tobytes(), weighted.cpu().numpy().tobytes()
-        blocks, length = size // _BLOCK, _BLOCK * patterns.numel() // size
         sums = patterns[: blocks * length].view(blocks, length).sum(1)
-        weighted = torch.mv(flat[: blocks * _BLOCK].view(_BLOCK, blocks).t(), weights)
-        if size % _BLOCK:
-            left = flat[blocks * _BLOCK :]
-            sums = torch.cat((sums, patterns[blocks * length :].sum().reshape(1)))
-            weighted = torch.cat((weighted, torch.dot(left, weights[: len(left)]).reshape(1)))
-        return version, place, _digest(sums), _digest(weighted)
+        rows = flat[: blocks * _BLOCK].view(_BLOCK, blocks)
+        weighted = torch.mv(rows.t(), _weights(flat.dtype, flat.device))
+    return version, place, _digest(sums, weighted, patterns[blocks * length :])
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -69,8 +66,8 @@ def _in_memory(values: Tensor) -> Tensor:
     return values.permute(axes).reshape(-1).contiguous()
 
 
-def _digest(sums: Tensor) -> bytes:
-    return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
+def _digest(*parts: Tensor) -> bytes:
+    return hashlib.blake2b(b"".join([part.cpu().numpy().tobytes() for part in parts]), digest_size=16).digest()
 
 
 @lru_cache(maxsize=16)

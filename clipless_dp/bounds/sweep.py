@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor, fx, nn
 
-from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, carries_l1, factor_of
+from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, factor_of
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.bounds.stated import required_sizes
 from clipless_dp.errors import NormError, PrivacyError
@@ -44,6 +44,7 @@ class Sweep(MaximumNorms):
         whole: whether a user's rule may read the weights.
         cotangent_norm_l1: the cap of the cotangent's ℓ1 norm at the output, rounding included; ``None`` where nothing
             caps it but the Euclidean norm.
+        carries_l1: whether it is carried, see :func:`~clipless_dp.bounds.maximum_norm.carries_l1`.
 
     Attributes:
         reads: what was read besides the limits: names of parameters, and rules of the user's own.
@@ -60,6 +61,7 @@ class Sweep(MaximumNorms):
         certify: Callable[[Tensor, Operator], float],
         whole: bool = True,
         cotangent_norm_l1: float | None = None,
+        carries_l1: bool = False,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
@@ -74,10 +76,18 @@ class Sweep(MaximumNorms):
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
         super().__init__(cotangent_norm_l1)
-        self._carries_l1 = carries_l1(traced)
+        self._carries_l1 = carries_l1
         self._slopes: dict[fx.Node, float] = {}
         self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
+        self._leaves: dict[fx.Node, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
+
+    def leaf(self, node: fx.Node) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """The module that a node calls, and its parameters by name."""
+        if node not in self._leaves:
+            leaf = self.traced.leaf(node)
+            self._leaves[node] = leaf, named_parameters(leaf)
+        return self._leaves[node]
 
     def bounds(self, node: fx.Node) -> LayerBounds | None:
         """The rule's answer for a node; ``None`` for the network's input."""
@@ -91,7 +101,7 @@ class Sweep(MaximumNorms):
         context = _Context(self, node)
         operands = len(self.traced.operands(node))
         if node.op == "call_module":
-            leaf = self.traced.leaf(node)
+            leaf, _ = self.leaf(node)
             rule = find_rule(leaf)
             assert rule is not None
             if not is_builtin(rule) or getattr(leaf, "reads_weights", False):
@@ -178,9 +188,9 @@ class Sweep(MaximumNorms):
         finally:
             self._free_only = previous
 
-    def certified(self, leaf: nn.Module, path: str, name: str, operator: Operator) -> float:
-        """Norm of a parameter as an operator: its constraint's limit, or certified from its value."""
-        parameter = named_parameters(leaf)[name]
+    def certified(self, node: fx.Node, path: str, name: str, operator: Operator) -> float:
+        """Norm of a layer's parameter as an operator: its constraint's limit, or certified from its value."""
+        parameter = self.leaf(node)[1][name]
         key = self.traced.names[id(parameter)]
         # A limit speaks for the operators that the constraint knew of, not for whatever else a rule may ask about.
         if key in self.limits and operator in self._operators.get(key, ()):
@@ -206,7 +216,7 @@ class Sweep(MaximumNorms):
         scale = RELATIONS[relation] * FLOAT64_ROUNDING
         per_parameter: dict[str, float] = {}
         layers: list[LayerSensitivity] = []
-        owners: dict[int, tuple[nn.Module, LayerBounds]] = {}
+        owners: dict[int, tuple[fx.Node, LayerBounds]] = {}
         together: list[tuple[frozenset[str], float]] = []
         capped_together = False
         counted: dict[str, int] = {}
@@ -214,8 +224,8 @@ class Sweep(MaximumNorms):
             bounds = self.bounds(node)
             if bounds is None or node.op != "call_module":
                 continue
-            leaf = self.traced.leaf(node)
-            trainable = {name: p for name, p in named_parameters(leaf).items() if p.requires_grad}
+            leaf, held = self.leaf(node)
+            trainable = {name: p for name, p in held.items() if p.requires_grad}
             if not trainable:
                 continue
             # Where caps bound every gradient, norms are asked for only as far as they cost no certificate.
@@ -260,7 +270,7 @@ class Sweep(MaximumNorms):
                     ),
                 )
             )
-            owners[len(layers) - 1] = leaf, bounds
+            owners[len(layers) - 1] = node, bounds
         for name, bound in per_parameter.items():
             if not 0.0 <= bound < LARGEST:
                 raise PrivacyError(
@@ -299,10 +309,10 @@ class Sweep(MaximumNorms):
             return cap
         return min(cap, self.free(lambda: value_of(unit) * arriving * stretch))
 
-    def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
+    def _known_norm(self, node: fx.Node, bounds: LayerBounds) -> float | None:
         for name, operator in bounds.operators.items():
             if name == "weight":
-                key = self.traced.names[id(named_parameters(leaf)[name])]
+                key = self.traced.names[id(self.leaf(node)[1][name])]
                 return self.limits.get(key, self._certified.get((key, operator)))
         return None
 
@@ -373,7 +383,7 @@ class _Context:
         self._operands = traced.operands(node)
         self.path = str(node.target) if node.op == "call_module" else node.name
         if node.op == "call_module":
-            self.kind = kind_of(traced.leaf(node)).__name__
+            self.kind = kind_of(sweep.leaf(node)[0]).__name__
         else:
             self.kind = function_name(node)
         self.input_shapes = tuple(traced.shapes[source] for source in self._operands)
@@ -399,7 +409,7 @@ class _Context:
         return self._sweep.free(lambda: self.input_norm)
 
     def norm(self, parameter: str, operator: Operator) -> float:
-        return self._sweep.certified(self._sweep.traced.leaf(self._node), self.path, parameter, operator)
+        return self._sweep.certified(self._node, self.path, parameter, operator)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from clipless_dp.bounds import coordinates, margins
+from clipless_dp.bounds.maximum_norm import carries_l1
 from clipless_dp.bounds.sensitivity import RELATIONS, Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.sweep import (
@@ -56,6 +57,7 @@ class SensitivityTracker:
     cotangent_norm_l1: float | None = None
 
     def __post_init__(self) -> None:
+        self._carries_l1 = carries_l1(self.traced)
         self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators: dict[str, tuple[Operator, ...]] = {}
         self.operators = self._collect_operators()
@@ -188,6 +190,7 @@ class SensitivityTracker:
             certify=self.certify,
             whole=whole,
             cotangent_norm_l1=self.cotangent_norm_l1,
+            carries_l1=self._carries_l1,
         )
 
     def _collect_operators(self) -> dict[str, tuple[Operator, ...]]:

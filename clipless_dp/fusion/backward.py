@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from clipless_dp.fusion.stages import Kept, Stage, blocks
+from clipless_dp.fusion.stages import Kept, Stage, blocks, joined, rows_of
 from clipless_dp.gates import GradientGatedLinear
 from clipless_dp.gates.arithmetic import (
     LARGEST_NORM,
@@ -122,15 +122,19 @@ def passed_linear(
     biases: list[Tensor] = []
     sizes: list[Tensor] = []
     for rows in blocks(gated):
-        arriving, made, into = cotangents[rows], None if output is None else output[rows], gated[rows]
+        arriving, made, into = (
+            rows_of(cotangents, rows),
+            None if output is None else rows_of(output, rows),
+            rows_of(gated, rows),
+        )
         if shares is not None:
-            tangent_part(arriving, cast(Tensor, made), shares[rows], into=arriving)
-        scales = None if kept.scales is None or gate is not None else kept.scales[rows]
+            tangent_part(arriving, cast(Tensor, made), rows_of(shares, rows), into=arriving)
+        scales = None if kept.scales is None or gate is not None else rows_of(kept.scales, rows)
         bias, _ = _arrived(stage, arriving, made, scales, into, needed[2] and gate is None, False)
         biases += [] if bias is None else [bias]
         sizes += [] if gate is None else [sample_norms(into)]
     if gate is not None:
-        return _passed_gated(stage, gate, kept, weight, gated, torch.cat(sizes), needed, weights)
+        return _passed_gated(stage, gate, kept, weight, gated, joined(sizes), needed, weights)
     gradient = _outer(gated, kept.values, kept.rows) if needed[1] else None
     passed = gated @ weight if needed[0] else None
     if passed is not None and kept.lost is not None:
@@ -180,7 +184,8 @@ def _left_over(stage: Stage, kept: Kept, passed: Tensor | None) -> Tensor | None
 
 def _outer(cotangents: Tensor, values: Tensor, rows: int) -> Tensor:
     """``Σ g xᵀ`` over the first rows and all positions."""
-    return cotangents[:rows].flatten(0, -2).t() @ values[:rows].flatten(0, -2)
+    first = slice(0, rows)
+    return rows_of(cotangents, first).flatten(0, -2).t() @ rows_of(values, first).flatten(0, -2)
 
 
 def _lengths(stage: Stage, kept: Kept) -> Tensor:

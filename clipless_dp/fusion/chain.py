@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.fusion.backward import passed_convolution, passed_linear
-from clipless_dp.fusion.stages import Entry, Kept, Stage, blocks, channels_last
+from clipless_dp.fusion.stages import Entry, Kept, Stage, blocks, channels_last, joined, rows_of
 from clipless_dp.gates import input_gate, weights_of
 from clipless_dp.gates.arithmetic import (
     LARGEST_NORM,
@@ -108,9 +108,9 @@ def _left(
         output.index_fill_(0, kept.lost, 0.0)
     norms: list[Tensor] = []
     for rows in blocks(output):
-        block = output[rows]
+        block = rows_of(output, rows)
         if kept.scales is not None:
-            scales = per_sample(kept.scales[rows], block)
+            scales = per_sample(rows_of(kept.scales, rows), block)
             if bias is None:
                 block.mul_(scales)
             else:
@@ -119,7 +119,7 @@ def _left(
             block.relu_()
         if measured:
             norms.append(sample_norms(block))
-    return output, torch.cat(norms) if measured else None, kept
+    return output, joined(norms) if measured else None, kept
 
 
 class _ChainFunction(torch.autograd.Function):

@@ -161,6 +161,16 @@ def blocks(values: Tensor, limit: int = 0) -> list[slice]:
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
+def rows_of(values: Tensor, rows: slice) -> Tensor:
+    """Some rows of a batch; the batch itself where these are all, as of :func:`blocks` of a small one."""
+    return values if rows == slice(0, values.shape[0]) else values[rows]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """What was computed of parts of a batch, in one tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class Kept(NamedTuple):
     """What a stage keeps for the way back.
 

@@ -109,7 +109,7 @@ class Pass:
         """
         self._refuse_learned_inputs()
         kept, self._inputs = self._inputs, None
-        if kept is not None and fingerprints.fingerprint(kept[0]) != kept[1]:
+        if kept is not None and fingerprints.fingerprint(*kept) != kept[1]:
             raise PrivacyError(
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {DROPPED}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -57,8 +58,12 @@ def _may_be_fresh(weight: Tensor, operators: tuple[Operator, ...]) -> bool:
     return float(weight.abs().max()) <= 1.0 / math.sqrt(max(1, inputs)) * (1.0 + 1e-6)
 
 
-def _mark(values: Tensor) -> object:
-    return values._version, values.data_ptr(), fingerprint(values)
+Mark = tuple[int, int, object]
+
+
+def _mark(values: Tensor, known: Mark | None = None) -> Mark:
+    """As a stamp, but faster; of what is compared with a known one faster still."""
+    return values._version, values.data_ptr(), fingerprint(values, None if known is None else known[2])
 
 
 class Weights:
@@ -72,6 +77,12 @@ class Weights:
 
     def __init__(self, net: nn.Module, constraints: Mapping[str, Constraint], tracker: SensitivityTracker) -> None:
         self._net, self._constraints, self._tracker = net, constraints, tracker
+        # Looked up by path, they take as long as what is done with them. Layers that are exchanged are refused.
+        self._holders = {
+            f"{path}.{name}" if path else name: (module, name)
+            for path, module in net.named_modules(remove_duplicate=False)
+            for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+        }
         self._projected: dict[str, tuple[Stamp, float]] = {}
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
 
@@ -123,7 +134,7 @@ class Weights:
         constraint, (first, *_) = self._constraints[name], self._tracker.operators[name]
         if type(constraint).implied is Constraint.implied:
             return constraint.limit
-        weight = self._net.get_parameter(name)
+        weight = self._parameter(name)
         implied = constraint.implied(weight.shape[0], math.prod(weight.shape[1:]))
         # Limits of other norms say little of this one, and the weight is public by now.
         return min(implied, first.norm(self._values(name))) if here.is_whole else implied
@@ -132,7 +143,7 @@ class Weights:
         """Lets the constraints turn gradients into directions that projections keep."""
         changes: list[Change] = []
         for name, constraint in self._trained():
-            gradient = self._net.get_parameter(name).grad
+            gradient = self._parameter(name).grad
             if gradient is not None and constraint.changes_gradients():
                 change = partial(_project_gradient_, name, constraint, self._tracker.operators[name])
                 changes.append(Change(name, change, (gradient, self._values(name))))
@@ -161,7 +172,7 @@ class Weights:
         limits, stamps = self.limits(here)
         caps = tuple([tuple(found.caps.values()) for found in adapting_among(parts)])
         key = relation, tuple(sorted(limits.items())), tuple([p.requires_grad for p in parameters_in(parts)]), caps
-        known = self._kept.get(relation)
+        known, now = self._kept.get(relation), dict[str, Stamp]()
         if known is not None and known[0] == key:
             _, sensitivity, read = known
             now = {name: self._stamp(name, here) for name in read}
@@ -171,8 +182,9 @@ class Weights:
         sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
         self._kept.pop(relation, None)
         # What a rule of the user's own may have read is known to nobody.
-        named = {name for name, _ in self._net.named_parameters()} if whole else None
-        read = {name: self._stamp(name, here) for name in read_names} if named and read_names <= named else {}
+        named = whole and all(name in now or name in self._holders for name in read_names)
+        # Who writes to a weight in the meantime is noticed by a stamp from before.
+        read = {name: now[name] if name in now else self._stamp(name, here) for name in read_names} if named else {}
         if len(read) == len(read_names):
             self._kept[relation] = key, sensitivity, read
         return sensitivity, {**stamps, **read}
@@ -186,25 +198,25 @@ class Weights:
                 limits[name] = self._established(name, here)
         return self._tracker.evaluate(limits, "add-or-remove-one", whole=here.is_whole)[0]
 
-    def marks(self, names: Iterable[str]) -> dict[str, object]:
+    def marks(self, names: Iterable[str]) -> dict[str, Mark]:
         """As stamps, but faster: for the time between a forward pass and its backward pass."""
-        return {name: self._mark(name) for name in names}
+        return {name: _mark(self._parameter(name)) for name in names}
 
-    def refuse_others(self, marks: Mapping[str, object]) -> None:
+    def refuse_others(self, marks: Mapping[str, Mark]) -> None:
         """Refuses weights that are not what they were when they were marked."""
-        changed = next((name for name, known in marks.items() if self._mark(name) != known), None)
+        changed = next((name for name, known in marks.items() if _mark(self._parameter(name), known) != known), None)
         if changed is not None:
             raise PrivacyError(
                 f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
                 "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
             )
 
-    def marks_of_parts(self, parameters: Iterable[Tensor]) -> list[object]:
+    def marks_of_parts(self, parameters: Iterable[Tensor]) -> list[Mark]:
         """The same of the parts that this process holds of all weights, which a pass gathers and frees elsewhere."""
         # What they were made of, before they were split, is nowhere any more.
         return [_mark(part) for one in parameters if hasattr(one, "placements") for part in (local(one.detach()),)]
 
-    def refuse_other_parts(self, parameters: Iterable[Tensor], marks: list[object]) -> None:
+    def refuse_other_parts(self, parameters: Iterable[Tensor], marks: list[Mark]) -> None:
         """Refuses parts of weights that are not what they were when they were marked."""
         if self.marks_of_parts(parameters) != marks:
             raise PrivacyError(
@@ -212,14 +224,16 @@ class Weights:
                 "where they are split among ranks: change weights between steps"
             )
 
-    def _mark(self, name: str) -> object:
-        return _mark(self._net.get_parameter(name))
+    def _parameter(self, name: str) -> nn.Parameter:
+        module, own = self._holders[name]
+        found = module._parameters.get(own)
+        return cast(nn.Parameter, getattr(module, own) if found is None else found)
 
     def _values(self, name: str) -> Tensor:
-        return self._net.get_parameter(name).detach()
+        return self._parameter(name).detach()
 
     def _stamp(self, name: str, here: Placement) -> Stamp:
-        return stamp(here.held(self._net.get_parameter(name)))
+        return stamp(here.held(self._parameter(name)))
 
     def _trained(self) -> Iterator[tuple[str, Constraint]]:
-        return ((name, c) for name, c in self._constraints.items() if self._net.get_parameter(name).requires_grad)
+        return ((name, c) for name, c in self._constraints.items() if self._parameter(name).requires_grad)

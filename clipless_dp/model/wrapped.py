@@ -48,7 +48,7 @@ from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.turns import in_turn
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
-from clipless_dp.model.weights import Weights
+from clipless_dp.model.weights import Mark, Weights
 from clipless_dp.modules import Unscripted, kept_modes, modules_of, parameter_device_and_dtype, parameters_in
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
@@ -455,7 +455,7 @@ class DPLipModel(Unscripted, nn.Module):
         """
         if fingerprint is None:
             return
-        watch, marks = cast("tuple[Watch, dict[str, object] | list[object]]", fingerprint)
+        watch, marks = cast("tuple[Watch, dict[str, Mark] | list[Mark]]", fingerprint)
         self._watch.refuse_interference(self.placement.is_whole)
         watch.refuse_other_settings()
         if isinstance(marks, dict):

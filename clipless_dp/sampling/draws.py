@@ -38,7 +38,7 @@ class _State(NamedTuple):
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is as it was."""
-        return tensor._version == self.version and fingerprint(tensor) == self.fingerprint
+        return tensor._version == self.version and fingerprint(tensor, self.fingerprint) == self.fingerprint
 
 
 class _Packed(NamedTuple):

@@ -437,6 +437,18 @@ def test_a_stamp_shows_what_was_put_in_another_order(name, dtype, shape):
     assert torch.equal(parameter.data.flatten().sort().values, base.flatten().sort().values)
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 6143, 6144])
+def test_a_stamp_shows_each_entry_that_changes_by_one_bit(size):
+    parameter = nn.Parameter(torch.randn(size))
+    before = stamp(parameter)
+    for place in (0, 2047, 2048, 4095, 4096, size // 2, size - 1):
+        if place < size:
+            parameter.data.view(torch.int32)[place] ^= 1
+            assert stamp(parameter) != before, place
+            parameter.data.view(torch.int32)[place] ^= 1
+    assert stamp(parameter) == before
+
+
 def test_a_stamp_is_the_same_under_autocast_and_for_equal_numbers_elsewhere():
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(80, 64))

@@ -319,7 +319,7 @@ def test_no_word_gives_a_radius_without_a_number_and_every_function_is_good_to_f
     uniform = torch.from_numpy(all_words(4001)).float().mul(step).add(offset)
     assert uniform.min() > 0
     assert uniform.max() <= 1
-    logarithm = box_muller._apply_("log", uniform.clone())
+    logarithm = box_muller._apply("log", uniform.clone())
     assert (logarithm <= 0).all()
     assert torch.isfinite((-2.0 * logarithm).sqrt()).all()
     inside = uniform < 1
@@ -327,7 +327,7 @@ def test_no_word_gives_a_radius_without_a_number_and_every_function_is_good_to_f
     assert ((logarithm.double() - exact).abs() <= 3e-7 * exact.abs())[inside].all()
     angle = torch.from_numpy(all_words(4001).view(np.int32)).float().mul(math.pi * 2.0**-31)
     for name in ("sin", "cos"):
-        found = box_muller._apply_(name, angle.clone())
+        found = box_muller._apply(name, angle.clone())
         assert (found.abs() <= 1).all()
         assert (found.double() - getattr(angle.double(), name)()).abs().max() <= 2.0**-23
 
@@ -336,12 +336,12 @@ def test_no_word_gives_a_radius_without_a_number_and_every_function_is_good_to_f
 @pytest.mark.parametrize("count", [1, 7, 1000, 4097])
 def test_the_numbers_of_a_part_are_those_of_the_whole_however_many_threads_there_are(name, count, monkeypatch):
     values = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    whole = box_muller._apply_(name, values.clone())
-    parts = torch.cat([box_muller._apply_(name, part.clone()) for part in values.split(3)])
+    whole = box_muller._apply(name, values.clone())
+    parts = torch.cat([box_muller._apply(name, part.clone()) for part in values.split(3)])
     assert torch.equal(whole, parts)
     monkeypatch.setattr(box_muller, "_SHARED", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(box_muller._apply_(name, values.clone()), whole)
+    assert torch.equal(box_muller._apply(name, values.clone()), whole)
 
 
 def test_machines_on_which_numpy_is_slower_have_the_same_numbers_up_to_rounding(monkeypatch):
@@ -355,7 +355,7 @@ def test_machines_on_which_numpy_is_slower_have_the_same_numbers_up_to_rounding(
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_numbers_are_the_same_where_threads_cannot_be_started(left, monkeypatch):
     values = torch.rand(1001, generator=torch.Generator().manual_seed(0))
-    once = box_muller._apply_("log", values.clone())
+    once = box_muller._apply("log", values.clone())
     monkeypatch.setattr(box_muller, "_SHARED", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     honest, started = box_muller.threading.Thread.start, []
@@ -367,7 +367,7 @@ def test_numbers_are_the_same_where_threads_cannot_be_started(left, monkeypatch)
         honest(thread)
 
     monkeypatch.setattr(box_muller.threading.Thread, "start", start)
-    assert torch.equal(box_muller._apply_("log", values.clone()), once)
+    assert torch.equal(box_muller._apply("log", values.clone()), once)
     assert len(started) == left
 
 
@@ -376,4 +376,4 @@ def test_numbers_of_a_thread_that_failed_are_not_used(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(box_muller.threading.Thread, "run", lambda thread: None)
     with pytest.raises(RuntimeError, match="thread that draws noise"):
-        box_muller._apply_("log", torch.rand(100))
+        box_muller._apply("log", torch.rand(100))

@@ -499,6 +499,17 @@ def test_a_weakened_look_at_what_was_fetched_is_caught(monkeypatch, name, there,
     assert charged(script()) == [(1.0, RATE, 3)]
 
 
+def test_a_fingerprint_that_is_compared_with_another_is_what_it_is_alone():
+    torch.manual_seed(0)
+    dense = torch.randn(64, 200)
+    sparse, repeated = dense * (torch.rand(64, 200) < 0.05), dense.round()
+    for values in (dense, sparse, repeated):
+        alone = fingerprints.fingerprint(values)
+        for other in (dense, dense + 1.0, sparse, repeated, torch.zeros(64, 200)):
+            assert fingerprints.fingerprint(values, fingerprints.fingerprint(other)) == alone
+    assert len({fingerprints.fingerprint(values) for values in (dense, sparse, repeated)}) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
 def test_entries_of_short_floats_are_looked_at(dtype):
     values = torch.ones(64).to(dtype)
