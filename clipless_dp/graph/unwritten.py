@@ -161,22 +161,29 @@ class _Added:
     """What a layer adds to its state, which files hold.
 
     Args:
-        path: of the layer.
+        path: of the layer; empty where it runs in a graph of its own.
         part: the layer.
     """
 
     def __init__(self, path: str, part: nn.Module) -> None:
-        self.path, self._part = path, part
+        self.path, self._part = path or type(part).__name__, part
         self._values, self._kinds = self._now()
         self._values = [value.clone() if isinstance(value, Tensor) else value for value in self._values]
 
     def _now(self) -> tuple[list[Any], Any]:
         """Tensors, and bytes of all else, and how these lie in one another."""
         state: dict[str, Any] = {}
-        if _is_hooked(self._part) or type(self._part).state_dict is not nn.Module.state_dict:
-            state = {**self._part.state_dict()}
-        else:
-            self._part._save_to_state_dict(state, "", False)
+        try:
+            if _is_hooked(self._part) or type(self._part).state_dict is not nn.Module.state_dict:
+                state = {**self._part.state_dict()}
+            else:
+                self._part._save_to_state_dict(state, "", False)
+        except Exception as error:
+            raise PrivacyError(
+                f"the state of {self.path!r} cannot be had, so that nothing tells whether files would hold what "
+                f"follows from samples: let its state_dict() and get_extra_state() work, before passes and in them: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         held = self._part._parameters.keys() | self._part._buffers.keys()
         found, kinds = pytree.tree_flatten({name: value for name, value in state.items() if name not in held})
         try:

@@ -355,6 +355,17 @@ def test_what_cannot_be_compared_in_a_state_is_refused_in_words() -> None:
         model(ROWS)
 
 
+def test_a_state_that_cannot_be_had_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = telling_model()
+
+    def broken(layer: nn.Module) -> object:
+        raise ValueError("no state yet")
+
+    monkeypatch.setattr(type(own), "get_extra_state", broken)
+    with pytest.raises(PrivacyError, match=r"cannot be had.*ValueError: no state yet"):
+        model(ROWS)
+
+
 RING = torch.zeros(64, 6)
 
 
