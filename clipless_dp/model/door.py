@@ -62,7 +62,9 @@ class Aliases:
         parameters = self.parameters
         if any(held.get(name) is not parameters[index] for held, name, index in self._places):
             raise PrivacyError("a parameter of model.net was removed or replaced after wrapping: wrap the network anew")
-        return self._holding(_Door.apply(deliver, turn, *parameters) if parameters else ())  # type: ignore[no-untyped-call]
+        aliases = _Door.apply(deliver, turn, *parameters) if parameters else ()  # type: ignore[no-untyped-call]
+        # What is frozen stays where it is: another model may share it, and run in another thread.
+        return self._holding([a if p.requires_grad else p for a, p in zip(aliases, parameters, strict=True)])
 
     def resting(self) -> AbstractContextManager[None]:
         """The network holds its parameters within, in the middle of a pass too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, cast
 from weakref import ref
 
@@ -35,29 +35,29 @@ class Noted:
         self._held: dict[int, _Held] = {}
         self._buffers: dict[int, int] = {}
 
-    def note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
-        """Takes a gradient as it is; that of a private one need not be sampled."""
+    def note(self, parameter: nn.Parameter) -> None:
+        """Takes a gradient as it is."""
         gradient = parameter.grad
         assert gradient is not None
-        self._held[id(parameter)] = _Held(
-            ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
-        )
+        self._held[id(parameter)] = _Held(ref(gradient), gradient._version, fingerprints.sample(gradient))
         if self.sharded:
             # Parts that were summed together lie in one buffer, and have one counter.
             part = placement.local(gradient)
             self._buffers[part.untyped_storage().data_ptr()] = part._version
 
-    def note_all(self, parameters: Iterable[nn.Parameter], *, sampled: bool = True) -> None:
+    def note_all(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes the gradients of these as they are, and knows of no others."""
         self._held.clear()
         self._buffers.clear()
         for parameter in parameters:
             if parameter.grad is not None:
-                self.note(parameter, sampled=sampled)
+                self.note(parameter)
 
     def knows(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is the tensor that was noted, and none of torch's operations has changed it."""
-        known, gradient = self._held.get(id(parameter)), cast(Tensor, parameter.grad)
+        return self._is(self._held.get(id(parameter)), cast(Tensor, parameter.grad))
+
+    def _is(self, known: _Held | None, gradient: Tensor) -> bool:
         if known is None or known.gradient() is not gradient or known.version != gradient._version:
             return False
         if not self.sharded:
@@ -67,8 +67,7 @@ class Noted:
 
     def has_values(self, parameter: nn.Parameter) -> bool:
         """Of a gradient that is known: whether its values are those that were sampled."""
-        sample = self._held[id(parameter)].sample
-        return sample is None or sample == fingerprints.sample(cast(Tensor, parameter.grad))
+        return self._held[id(parameter)].sample == fingerprints.sample(cast(Tensor, parameter.grad))
 
     def was_added_to(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is as it was noted but for one operation, or new."""
@@ -102,6 +101,13 @@ class Noted:
         """Begins anew; returns what is known, for :meth:`put_back`."""
         before, self._held = self._held, {}
         return before
+
+    def are_as(self, before: dict[int, _Held], gradients: Mapping[int, Tensor]) -> bool:
+        """Whether gradients that were put aside, by the parameters' identities, are what is known of them."""
+        return all(
+            self._is(before.get(key), gradient) and before[key].sample == fingerprints.sample(gradient)
+            for key, gradient in gradients.items()
+        )
 
     def put_back(self, before: dict[int, _Held]) -> None:
         """Knows what was put aside, and nothing else."""

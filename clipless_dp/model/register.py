@@ -120,6 +120,10 @@ class Register:
     def _trains(self) -> tuple[bool, ...]:
         return tuple([parameter.requires_grad for parameter in self.parameters])
 
+    def _training(self) -> list[nn.Parameter]:
+        """For which passes are owed: what is frozen is moved by none, and other models may share it."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
         return self.aliases.running(partial(self.deliver, begun), self.turns.passing)
@@ -224,18 +228,18 @@ class Register:
 
     def owed(self) -> list[Pass]:
         """The passes whose private gradients were computed, here or by another wrapper, and that are not settled."""
-        self._owed = for_all(self.parameters, self._owed)
+        self._owed = for_all(self._training(), self._owed)
         return list({id(one): one for some in self._owed for one in some.passes}.values())
 
     def names(self) -> frozenset[int]:
         """By which draws that were left out know this model's parameters."""
-        self._owed = for_all(self.parameters, self._owed)
+        self._owed = for_all(self._training(), self._owed)
         return frozenset(some.key for some in self._owed)
 
     def _note_computed(self, computed: Pass) -> None:
         """Private gradients exist from here on, whatever becomes of them."""
         if not computed.public:
-            self._owed = for_all(self.parameters, self._owed)
+            self._owed = for_all(self._training(), self._owed)
             for some in self._owed:
                 some.note(computed)
 
@@ -363,9 +367,9 @@ class Register:
         elif emptied:
             self._taint = "the gradients of some parameters were dropped, and those of others kept. " + SPENT
 
-    def note_all(self, *, sampled: bool = True) -> None:
-        """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
-        self.noted.note_all(self.parameters, sampled=sampled)
+    def note_all(self) -> None:
+        """Takes the gradients as they are for the register's own."""
+        self.noted.note_all(self.parameters)
 
     def let_go(self) -> None:
         """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
@@ -430,6 +434,9 @@ class Register:
             self.reconcile()
             if self._taint is None and not public and len(computed()) != len(self.passes):
                 self._taint = "the loss computed private gradients and did not leave them in place. " + SPENT
+            aside = {id(p): gradient for p, gradient in zip(parameters, before, strict=True) if gradient is not None}
+            if taint is None and not self.noted.are_as(noted, aside):
+                self._taint = "gradients that were there were changed while a loss was computed, which adds to them"
             if self._taint is not None and taint is None:
                 raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
             if views * divisor > 1:

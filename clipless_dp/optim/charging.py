@@ -173,7 +173,7 @@ def leave_out(owed: Sequence[passes.Pass], terms: Terms, *, said: bool = False) 
         closing += [] if waiting is None else [waiting]
     until = math.inf if said or altered else max((draw.delivered for draw in closing), default=0)
     computed = [*closing, *(draw for draw in altered if draw not in closing)]
-    count = draws.skip(terms.user, until=until, computed=computed, left_by=terms.names)
+    count = draws.skip(terms.user, since=terms.since, until=until, computed=computed, left_by=terms.names)
     left = set(map(id, computed))
     undrawn = set()
     for some in owed:

@@ -175,6 +175,7 @@ def passed_over(draw: Draw, user: object | None = None, since: int = 0) -> int:
 def skip(
     user: object | None = None,
     *,
+    since: int = 0,
     until: float = math.inf,
     computed: Sequence[Draw] = (),
     left_by: frozenset[int] = frozenset(),
@@ -183,6 +184,7 @@ def skip(
 
     Args:
         user: the optimizer, whose draws they are, unless another one uses their sampler.
+        since: when it was made: draws that a loop had left by then are forgotten, and not counted.
         until: those that were delivered by then.
         computed: others, whose gradients were looked at.
         left_by: who leaves out for good what was computed, and what came with it.
@@ -191,7 +193,8 @@ def skip(
         skipped = [draw for draw in _in_hand if draw.series.source.is_for(user) and draw.delivered <= until]
         count = 0
         for draw in skipped:
-            count += draw.series.close_before(draw.place) + (not draw.series.is_closed(draw.place))
+            closed = draw.series.close_before(draw.place) + (not draw.series.is_closed(draw.place))
+            count += 0 if draw.series.ended and draw.delivered <= since else closed
             draw.series.close(draw.place)
         _in_hand[:] = [draw for draw in _in_hand if draw not in skipped]
         sources = {id(draw.series.source) for draw in computed}
@@ -305,9 +308,8 @@ def _together(found: Sequence[Rows], count: int) -> Rows:
 
 
 def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
-    """The rows of a draw in hand of which all parts are copies, on another device say; the oldest first."""
-    with _lock:
-        held = [draw for draw in _in_hand if draw.tensors]
+    """The rows of a draw in hand of which all parts are copies, on another device say."""
+    held = _with_tensors(_in_hand)
     for draw in held:
         fitting = [[tensor for tensor in draw.tensors if _may_hold(part, tensor)] for part in parts]
         if not all(fitting):
@@ -328,6 +330,12 @@ def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
                 draw.matched = place + len(parts[0])
                 return Rows(_name(draw.tensors[0]), place, place + len(parts[0]), draw)
     return None
+
+
+def _with_tensors(draws: Sequence[Draw]) -> list[Draw]:
+    """Those that copies are known by: the oldest first, but of loops that go on, before those that were left."""
+    with _lock:
+        return sorted((draw for draw in draws if draw.tensors), key=lambda draw: draw.series.ended)
 
 
 def _may_hold(part: Tensor, tensor: Tensor) -> bool:
@@ -367,11 +375,10 @@ def left_out(inputs: Tensor, left_by: frozenset[int]) -> Rows | None:
 
 
 def _matching(inputs: Tensor, among: Sequence[Draw] | None = None) -> Rows | None:
-    """Rows of a draw in hand that a batch holds, entry by entry, in another place, dtype or shape; the oldest first."""
+    """Rows of a draw in hand that a batch holds, entry by entry, in another place, dtype or shape."""
     if not inputs.dim() or not len(inputs):
         return None
-    with _lock:
-        held = [draw for draw in (_in_hand if among is None else among) if draw.tensors]
+    held = _with_tensors(_in_hand if among is None else among)
     padding: tuple[Draw, Rows] | None = None
     for draw in held:
         for tensor in draw.tensors:

@@ -1,0 +1,194 @@
+"""Gradients that lie there while others are computed; and models, draws and loops beside others that were left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, gated, gradient_gated, losses
+from clipless_dp.sampling import Batch
+
+SIZE, RATE = 40, 0.25
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(SIZE, 6, generator=generator), torch.randint(3, (SIZE,), generator=generator)
+
+
+def drawn(steps: int, seed: int | None = None) -> PoissonBatches:
+    return PoissonBatches(data(), sample_rate=RATE, steps=steps, seed=seed)
+
+
+def wrapped(net: nn.Module) -> tuple[DPLipModel, CliplessDPSGD]:
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    return model, CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=SIZE)
+
+
+def model_of(gates: Callable[[nn.Module], nn.Module] = gated) -> tuple[DPLipModel, CliplessDPSGD]:
+    torch.manual_seed(0)
+    return wrapped(gates(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))))
+
+
+def loss_of(model: DPLipModel, batch: Batch) -> Tensor:
+    return model.loss(model(batch.inputs), batch.targets, batch.mask)
+
+
+def raw(model: DPLipModel) -> list[Tensor]:
+    inputs, targets = data()
+    loss = 1000.0 * nn.functional.cross_entropy(model.net(inputs), targets, reduction="sum")
+    return list(torch.autograd.grad(loss, list(model.net.parameters())))
+
+
+def by_an_operation(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for one, other in zip(held, new, strict=True):
+        one.add_(other)
+
+
+def by_data(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for one, other in zip(held, new, strict=True):
+        one.data.add_(other)
+
+
+def by_numpy(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for one, other in zip(held, new, strict=True):
+        np.copyto(one.numpy(), other.numpy())
+
+
+WRITES = [by_an_operation, by_data, by_numpy]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("gates", [gated, gradient_gated])
+def test_what_is_written_into_gradients_that_a_step_has_left_is_refused(
+    gates: Callable[[nn.Module], nn.Module], cleared: bool, write: Callable[..., None]
+) -> None:
+    model, optimizer = model_of(gates)
+    first, second = drawn(2)
+    loss_of(model, first).backward()
+    optimizer.step()
+    if cleared:
+        optimizer.zero_grad(set_to_none=False)
+    write([parameter.grad for parameter in model.net.parameters()], raw(model))
+    loss_of(model, second).backward()
+    with pytest.raises(PrivacyError, match="something else than passes"):
+        optimizer.step()
+    assert len(optimizer.accountant) == 1
+
+
+def test_gradients_that_a_step_has_left_may_be_added_to_by_passes() -> None:
+    model, optimizer = model_of()
+    for batch in drawn(3):
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert len(optimizer.accountant) == 3
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("public", [False, True])
+def test_what_is_written_into_gradients_that_were_put_aside_is_refused(
+    public: bool, write: Callable[..., None]
+) -> None:
+    model, optimizer = model_of()
+    (batch,) = drawn(1)
+    optimizer.accumulate(batch)
+    held = [parameter.grad for parameter in model.net.parameters()]
+    new = raw(model)
+
+    def loss(inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        write(held, new)
+        return model.loss(model(inputs), targets, mask)
+
+    rows = torch.full((2, 6), 0.3), torch.zeros(2, dtype=torch.long)
+    add = optimizer.accumulate_public if public else optimizer.accumulate
+    with pytest.raises(PrivacyError, match="changed while a loss was computed"):
+        add(rows, loss=loss)
+    with pytest.raises(PrivacyError, match="something else than passes"):
+        optimizer.step()
+    assert len(optimizer.accountant) == 0
+
+
+def sharing(frozen: bool) -> list[tuple[DPLipModel, CliplessDPSGD]]:
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 8).requires_grad_(not frozen)
+    return [wrapped(gradient_gated(nn.Sequential(shared, nn.ReLU(), nn.Linear(8, 3)))) for _ in range(2)]
+
+
+def test_models_that_share_what_is_frozen_are_trained_side_by_side() -> None:
+    (first, of_first), (second, of_second) = sharing(frozen=True)
+    for one, other in zip(drawn(3), drawn(3), strict=True):
+        loss_of(first, one).backward()
+        loss_of(second, other).backward()
+        for optimizer in (of_first, of_second):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(of_first.accountant) == len(of_second.accountant) == 3
+
+
+def test_gradients_of_what_two_models_share_are_owed_by_both() -> None:
+    (first, of_first), (second, of_second) = sharing(frozen=False)
+    (one,), (other,) = drawn(1), drawn(1)
+    loss_of(first, one).backward()
+    loss_of(second, other).backward()
+    for optimizer in (of_first, of_second):
+        with pytest.raises(PrivacyError):
+            optimizer.step()
+
+
+def test_models_that_share_what_is_frozen_are_trained_in_two_threads() -> None:
+    pairs = sharing(frozen=True)
+    failed: list[BaseException] = []
+
+    def train(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+        try:
+            for batch in drawn(40):
+                loss_of(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=train, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    assert [len(optimizer.accountant) for _, optimizer in pairs] == [40, 40]
+
+
+def test_a_copy_of_a_seeded_draw_is_of_the_loop_that_goes_on_and_not_of_one_that_was_left() -> None:
+    model, _ = model_of()
+    for batch in drawn(3, seed=7):
+        model(batch.inputs)
+        break
+    model, optimizer = model_of()
+    for batch in drawn(3, seed=7):
+        copy = batch._replace(inputs=batch.inputs.clone())
+        loss_of(model, copy).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.accountant) == 3
+
+
+def test_draws_that_a_loop_had_left_before_an_optimizer_was_made_are_none_that_it_skips() -> None:
+    model, _ = model_of()
+    for _ in range(5):
+        for batch in drawn(3):
+            model(batch.inputs)
+            break
+    model, optimizer = model_of()
+    for index, batch in enumerate(drawn(3)):
+        loss_of(model, batch).backward()
+        if index == 1:
+            optimizer.skip_draw()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.skipped_draws == 1
