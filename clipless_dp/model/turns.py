@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,10 @@ class BeforePass(Protocol):
 
     def before_pass(self) -> None:
         """Private gradients are about to be computed: what they might decide is noted as it is."""
+
+
+class _Waited(PrivacyError):
+    """Another thread does not end, which trying again does not change."""
 
 
 class _Holding(AbstractContextManager[None]):
@@ -104,6 +109,8 @@ class Turns:
             try:
                 with self.resting():
                     return look()
+            except _Waited:
+                raise
             except Exception:
                 left -= 1
                 # A pass may just have ended.
@@ -121,14 +128,22 @@ class Turns:
         return not free
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """No pass or step of another thread is under way within.
+    def resting(self, patience: float | None = None) -> Iterator[None]:
+        """No pass or step of another thread is under way within, of this wrapper and of those that it shares with.
 
         A step of another wrapper holds what they share, and may wait for what is this one's alone, in a hook: so this
         one is let go of until the other is free.
+
+        Raises:
+            PrivacyError: on entering: another thread holds them for longer than ``patience``, by default a minute.
         """
+        patience = _PATIENCE if patience is None else patience
+        since = time.monotonic()
         while True:
-            with self._running:
+            left = patience - (time.monotonic() - since)
+            if not self._running.acquire(timeout=max(0.0, left) if math.isfinite(patience) else -1.0):
+                break
+            try:
                 shared = _Holding(self._held, _PAUSE)
                 if shared.is_taken():
                     try:
@@ -136,7 +151,15 @@ class Turns:
                     finally:
                         shared.__exit__()
                     return
+            finally:
+                self._running.release()
+            if left <= 0.0:
+                break
             time.sleep(_PAUSE)
+        raise _Waited(
+            f"a pass or a step of another thread has had the weights for {patience:g} s: a hook of a step that waits "
+            "for another thread's look at the model waits for ever. Look from the step's own thread, or behind the step"
+        )
 
     def begin(self) -> None:
         """The first pass of a step begins."""
@@ -155,7 +178,7 @@ class Turns:
     def stepping(self) -> Iterator[None]:
         """A step is under way within: what passes of other threads have computed waits for its end."""
         step = UnderWay()
-        with self._running, self.holding():
+        with self.resting(math.inf):
             try:
                 for one in map(id, self._parameters):
                     _stepped.setdefault(one, step)

@@ -269,7 +269,7 @@ class DPLipModel(Unscripted, nn.Module):
     def _unwritten(self) -> Iterator[None]:
         own = [leaf.module for leaf in self._watch.leaves if not leaf.is_ours]
         # In turn, as a step of another thread, through another wrapper say, writes parameters by right.
-        with self.register.lock, self.register.turns.holding(), buffers_unwritten(self.net, own):
+        with self.register.turns.resting(math.inf), buffers_unwritten(self.net, own):
             yield
 
     def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from clipless_dp import CliplessDPOptimizer, DPLipModel, PrivacyError, ReproducibleNoise, losses
+from clipless_dp.model import turns
 from tests.support import OwnSGD, gated_model, samples
 
 INPUTS, TARGETS = samples(40)
@@ -215,7 +217,8 @@ def test_what_other_threads_run_while_a_network_is_traced_is_run_as_it_is() -> N
     assert all(bool(torch.isfinite(one(INPUTS)).all()) for one in found)
 
 
-@pytest.mark.parametrize("asked", ["lipschitz_constant", "state_dict"])
+@pytest.mark.filterwarnings("ignore::clipless_dp.PrivacyWarning")
+@pytest.mark.parametrize("asked", ["lipschitz_constant", "state_dict", "a step"])
 def test_two_wrappers_whose_steps_and_looks_cross_do_not_wait_for_each_other(asked: str) -> None:
     """A hook of one wrapper's step asks what a thread is asking of the other one, who waits for the step."""
     (first, other, _), settings = begun(), {"sample_rate": 1.0, "dataset_size": 40, "sampling": "none"}
@@ -240,6 +243,10 @@ def test_two_wrappers_whose_steps_and_looks_cross_do_not_wait_for_each_other(ask
 
     def ask() -> None:
         inside.wait(20.0)
+        if asked == "a step":
+            # It finds gradients that are another one's.
+            with contextlib.suppress(PrivacyError):
+                other.step()
         while not done.is_set():
             look()
 
@@ -249,4 +256,20 @@ def test_two_wrappers_whose_steps_and_looks_cross_do_not_wait_for_each_other(ask
     for thread in threads:
         thread.join(20.0)
     assert not any(thread.is_alive() for thread in threads)
+    assert optimizer.steps_taken == 1
+
+
+def test_a_hook_that_waits_for_a_look_of_another_thread_waits_no_longer_than_its_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE", 0.2)
+    model, optimizer, noise = begun()
+    found: list[BaseException | None] = []
+    with ThreadPoolExecutor(1) as pool:
+        noise.call = lambda: found.append(pool.submit(model.lipschitz_constant).exception(timeout=20.0))
+        passed(model, INPUTS)
+        optimizer.step()
+        assert isinstance(found[0], PrivacyError)
+        assert "another thread" in str(found[0])
+        assert pool.submit(model.lipschitz_constant).result(timeout=20.0) > 0.0
     assert optimizer.steps_taken == 1
