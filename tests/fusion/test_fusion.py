@@ -556,7 +556,13 @@ MUTANTS = (
         "torch.addcmul(stage.broadcast(bias), block, scales, out=block)",
         "block.add_(stage.broadcast(bias)).mul_(scales)",
     ),
-    Mutant("rows of another block", fusion.chain, "passed_linear", "kept.scales[rows]", "kept.scales[: len(arriving)]"),
+    Mutant(
+        "rows of another block",
+        fusion.chain,
+        "passed_linear",
+        "rows_of(kept.scales, rows)",
+        "kept.scales[: len(arriving)]",
+    ),
     Mutant(
         "products of another block",
         fusion.chain,
