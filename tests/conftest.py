@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import os
 
 import pytest
@@ -16,6 +17,13 @@ settings.load_profile("unhurried")
 def pytest_make_parametrize_id(val):
     """Names of functions in place of their addresses: processes that share the tests must call them the same."""
     return getattr(val, "__name__", None) if callable(val) else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Modules and the tests themselves live to the end: no garbage collection need look at a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
