@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp import ConfigurationError, InputError, losses
+from clipless_dp.losses.base import InnerProduct
+from clipless_dp.model.rowwise import is_proved
 
 CLASSES = 5
 
@@ -305,6 +307,22 @@ def test_a_samples_loss_depends_on_that_sample_alone(loss: losses.Loss, targets:
         assert torch.allclose(alone, whole[index : index + 1], rtol=1e-12, atol=1e-14)
 
 
+@every_loss
+def test_no_samples_have_no_losses(loss: losses.Loss, targets: Targets) -> None:
+    output = torch.randn(0, CLASSES, dtype=torch.float64)
+    assert loss.per_sample(output, targets(torch.Generator())[:0]).shape == (0,)
+
+
+def test_the_loss_of_attacks_has_each_samples_own_target_as_its_cotangent_and_is_not_looked_at() -> None:
+    loss = InnerProduct(2.0)
+    output, target = torch.randn(3, 2, 4, requires_grad=True), 1e3 * torch.randn(3, 2, 4)
+    found = loss.per_sample(output, target)
+    assert torch.equal(torch.autograd.grad(found.sum(), output)[0], target)
+    assert torch.allclose(found, torch.stack([(one * other).sum() for one, other in zip(output, target, strict=True)]))
+    assert loss.gradient_bound((2, 4)) == 2.0
+    assert is_proved(loss)
+
+
 @pytest.mark.parametrize(
     ("loss", "target"),
     [
@@ -334,7 +352,9 @@ def test_labels_of_another_shape_or_kind_are_refused(loss: losses.Loss) -> None:
         loss.per_sample(torch.zeros(3, CLASSES, 2), torch.zeros(3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("loss", [losses.BinaryCrossEntropy(), losses.MeanAbsoluteError(), losses.Huber()])
+@pytest.mark.parametrize(
+    "loss", [losses.BinaryCrossEntropy(), losses.MeanAbsoluteError(), losses.Huber(), InnerProduct(1.0)]
+)
 def test_real_targets_of_another_size_are_refused(loss: losses.Loss) -> None:
     for target in (torch.zeros(3, CLASSES + 1), torch.zeros(4, CLASSES), torch.zeros(3)):
         with pytest.raises(InputError, match="one size"):

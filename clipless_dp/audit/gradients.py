@@ -15,7 +15,8 @@ from torch import Tensor
 from clipless_dp.arguments import whole
 from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import AuditError, ConfigurationError
-from clipless_dp.losses import BoundedLoss, Loss
+from clipless_dp.losses import Loss
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import DPLipModel
 from clipless_dp.packing import Structure
 from clipless_dp.testing.attacks import (
@@ -41,7 +42,7 @@ from clipless_dp.testing.company import (
     varied_outputs,
 )
 from clipless_dp.testing.consistency import Inconsistent, check_samples_apart
-from clipless_dp.testing.probes import Case, inner_product
+from clipless_dp.testing.probes import Case
 
 _LARGEST_JACOBIAN = 1 << 22
 """Entries of a Jacobian whose singular vectors are worth their cost."""
@@ -229,7 +230,7 @@ class _Attack:
         if batch is not None:
             like = batch[1][0] if len(batch[1]) else like
         self._compare_loss(like)
-        model.loss_function = BoundedLoss(inner_product, bound=model.cotangent_norm)
+        model.loss_function = InnerProduct(model.cotangent_norm)
         case = _Victim(
             "model",
             lambda: model,

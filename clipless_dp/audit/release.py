@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from clipless_dp.audit.result import EpsilonAudit, check_levels
 from clipless_dp.audit.statistics import Claim, Numbers, epsilon_of_rates, highest_rate, one_run_epsilon
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
-from clipless_dp.losses import BoundedLoss
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.passes import unwitnessed
 from clipless_dp.noise import allocate
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.testing.attacks import structured_inputs, whole_gradient
-from clipless_dp.testing.probes import inner_product
 from clipless_dp.testing.signals import sized_signals
 
 Method = Literal["f-dp", "clopper-pearson", "one-run"]
@@ -159,7 +158,7 @@ def _sizes(method: str, runs: int | None, canaries: int | None) -> tuple[int, in
 
 def _worst_case(features: int) -> DPLipModel:
     net = nn.Linear(features, 1, bias=False)
-    return DPLipModel(net, input_shape=(features,), input_norm=1.0, loss=BoundedLoss(inner_product, bound=1.0))
+    return DPLipModel(net, input_shape=(features,), input_norm=1.0, loss=InnerProduct(1.0))
 
 
 class _Stage:
@@ -167,7 +166,7 @@ class _Stage:
 
     def __init__(self, model: DPLipModel, canaries: int, *, plain: bool) -> None:
         self.model = model
-        model.loss_function = BoundedLoss(inner_product, bound=model.cotangent_norm)
+        model.loss_function = InnerProduct(model.cotangent_norm)
         self._initial = {name: value.clone() for name, value in model.net.state_dict().items()}
         if plain:
             self._inputs, self._targets = _OVERSIZE * torch.eye(canaries), torch.full((canaries, 1), _OVERSIZE)

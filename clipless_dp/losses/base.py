@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipless_dp.arguments import positive
 from clipless_dp.errors import InputError
-from clipless_dp.gates.arithmetic import can_look
+from clipless_dp.gates.arithmetic import can_look, flat_rows
 
 
 class Loss(ABC):
@@ -104,6 +104,26 @@ class BoundedLoss(Loss):
         return self.bound
 
 
+class InnerProduct(Loss):
+    """``⟨output, target⟩``, for attacks on networks: its cotangent is the target itself, of any norm.
+
+    Args:
+        bound: ``G``; cotangents above it are clipped.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = positive("bound", bound)
+
+    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
+        """See :meth:`Loss.per_sample`."""
+        output, target = matching(output, target)
+        return (output * target).sum(1)
+
+    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
+        """The stated bound."""
+        return self.bound
+
+
 def described(value: object) -> str:
     """What a function of a user's own has returned, for messages: type and shape, never numbers."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -136,7 +156,7 @@ def matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one size")
     if target.is_complex():
         raise InputError(f"expected real targets, got {target.dtype}")
-    return output.reshape(output.shape[0], -1), target.reshape(target.shape[0], -1).to(output.dtype)
+    return flat_rows(output), flat_rows(target).to(output.dtype)
 
 
 def invalid_as_nan(losses: Tensor, valid: Tensor | None) -> Tensor:

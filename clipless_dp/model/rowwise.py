@@ -35,6 +35,7 @@ from clipless_dp.losses import (
     TokenCrossEntropy,
     described,
 )
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import keeping
 from clipless_dp.model.description import integers_of, moved
 
@@ -56,6 +57,7 @@ _PROVED: dict[type[Loss], object] = {
         Huber,
         TokenCrossEntropy,
         CausalCrossEntropy,
+        InnerProduct,
     )
 }
 """The losses whose formulas, in their documentation, have one sample each; with the code that this was read from."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.constraints import ConstraintSpec
-from clipless_dp.losses import BoundedLoss
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import DPLipModel
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 
@@ -156,7 +156,7 @@ def wrap(
     constraint: ConstraintSpec = None,
 ) -> DPLipModel:
     """A model whose target is the cotangent, of any size, and which runs the rows that it is given."""
-    loss = BoundedLoss(inner_product, bound=cotangent_norm)
+    loss = InnerProduct(cotangent_norm)
     return DPLipModel(
         net, input_shape=shape, input_norm=input_norm, loss=loss, constraint=constraint, row_invariant=False
     )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, gates, losses
+from clipless_dp import DPLipModel, gates
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import network
 from clipless_dp.norms import operators
 from clipless_dp.rules import embedding
@@ -21,7 +22,6 @@ from tests.soundness.attack import (
     Probe,
     Record,
     add_or_remove_one,
-    inner_product,
     sized_signals,
     summed_gradients,
 )
@@ -89,7 +89,7 @@ class TokenCase:
             for name, parameter in net.named_parameters():
                 if "shift" not in name:
                     nn.init.normal_(parameter)
-        return DPLipModel(net, input_shape=self.shape, loss=losses.BoundedLoss(inner_product, bound=1.0))
+        return DPLipModel(net, input_shape=self.shape, loss=InnerProduct(1.0))
 
     def sequences(self) -> list[Tensor]:
         every = itertools.product(range(TOKENS), repeat=math.prod(self.shape))
@@ -215,7 +215,7 @@ def test_gradients_divided_by_counts_over_the_batch_would_mix_samples(monkeypatc
     monkeypatch.setattr("clipless_dp.graph.tracing.refusal", lambda module: None)
     for by_count in (False, True):
         table = nn.Embedding(TOKENS, 2, scale_grad_by_freq=by_count).double()
-        model = DPLipModel(nn.Sequential(table), input_shape=(4,), loss=losses.BoundedLoss(inner_product, bound=1.0))
+        model = DPLipModel(nn.Sequential(table), input_shape=(4,), loss=InnerProduct(1.0))
         whole = summed_gradients(model, inputs, targets)["0.weight"]
         apart = [summed_gradients(model, inputs[i : i + 1], targets[i : i + 1])["0.weight"] for i in range(3)]
         assert torch.allclose(whole, sum(apart)) is not by_count  # type: ignore[arg-type]
