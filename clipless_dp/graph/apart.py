@@ -68,7 +68,7 @@ def set_apart_(
     Raises:
         ConfigurationError: a part of such a layer is used outside of it too.
     """
-    found = False
+    found = is_rewritten = False
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -85,8 +85,10 @@ def set_apart_(
                 found = True
         elif node.op == "call_function" and not _is_known(_origin(node.target)) and find_function_rule(node.target):
             node.target = _apart(node.target, wanted, resting)
-            found = True
-    graph.recompile()
+            found = is_rewritten = True
+    if is_rewritten:
+        # Layers are found by their names; functions are in what was compiled.
+        graph.recompile()
     return found
 
 

@@ -27,11 +27,11 @@ from clipless_dp import (
     report,
 )
 from clipless_dp.gates import adapting_in, adaptive
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model.compiled import compiled_loss
 from clipless_dp.noise import allocation
 from clipless_dp.optim import plan
 from tests.gates.test_joint_caps import NETS
-from tests.soundness.attack import inner_product
 
 LIMIT = 0.5
 DYNAMIC = AdaptiveLimit(start=LIMIT, share=0.3)
@@ -70,7 +70,7 @@ def wrapped(case: str, limit: AdaptiveLimit = DYNAMIC, **options: Any) -> DPLipM
         net = build().double()
     norm = {"input_norm": 100.0} if asked["isolation"] == "graph" else {}
     gated = gradient_gated(net, limit=limit, **{**asked, **options})
-    return DPLipModel(gated, input_shape=shape, loss=losses.BoundedLoss(inner_product, bound=1e6), **norm)
+    return DPLipModel(gated, input_shape=shape, loss=InnerProduct(1e6), **norm)
 
 
 def samples(case: str, count: int = 6) -> tuple[Tensor, Tensor]:
@@ -224,7 +224,7 @@ def test_caps_come_to_the_quantile_of_the_norms(quantile: float, isolation: Any)
     model = DPLipModel(
         gradient_gated(net, limit=limit, isolation=isolation),
         input_shape=(3,),
-        loss=losses.BoundedLoss(inner_product, bound=1e6),
+        loss=InnerProduct(1e6),
         **({"input_norm": 10.0} if isolation == "graph" else {}),
     )
     generator = torch.Generator().manual_seed(0)
@@ -418,7 +418,7 @@ def test_adaptive_and_fixed_caps_go_together_and_new_gates_count_at_once() -> No
     net = PLAIN["vectors"][0]().double()
     gated = gradient_gated(net, limit=2.0, isolation="vmap")
     gradient_gated(gated, limit=AdaptiveLimit(), layers=["0"])
-    model = DPLipModel(gated, input_shape=(6,), loss=losses.BoundedLoss(inner_product, bound=1e6))
+    model = DPLipModel(gated, input_shape=(6,), loss=InnerProduct(1e6))
     assert set(model.sensitivity().counted) == {"0.weight", "0.bias"}
     with pytest.raises(ConfigurationError, match="adapt alike"):
         gradient_gated(gated, limit=AdaptiveLimit(quantile=0.9), layers=["3"])

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp import layers, losses
+from clipless_dp import layers
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import AdaptiveLimit, adapting_in, parts
 from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise
 from clipless_dp.optim import CliplessDPSGD
 from tests.gates.test_joint_caps import NETS
-from tests.soundness.attack import inner_product
 
 SIGMA = 0.8
 
@@ -119,7 +119,7 @@ def wrapped(name: str, joint: Any, mode: Any, limit: float | AdaptiveLimit) -> D
         gradient_gated(net, limit=limit, joint=joint, mode=mode, isolation=isolation),
         input_shape=shape,
         # The outermost gate cuts the larger targets.
-        loss=losses.BoundedLoss(inner_product, bound=5.0 if signal else 1e6),
+        loss=InnerProduct(5.0 if signal else 1e6),
         **({"input_norm": 3.0} if name in TRACED else {}),
     )
 

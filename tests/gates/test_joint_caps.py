@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, PrivacyError, gradient_gated, losses
+from clipless_dp import ConfigurationError, DPLipModel, PrivacyError, gradient_gated
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.gates import gradient_gated_layer, parts
 from clipless_dp.isolation import joint as joint_sums
-from tests.soundness.attack import add_or_remove_one, inner_product
+from clipless_dp.losses.base import InnerProduct
+from tests.soundness.attack import add_or_remove_one
 
 LIMIT, FLOOR = 0.5, 0.01
 
@@ -85,7 +86,7 @@ def wrapped(name: str, *, scale: float = 1.0, dtype: torch.dtype = torch.float64
             for parameter in net.parameters():
                 parameter.mul_(scale)
     options = {"limit": LIMIT, "floor": FLOOR, "isolation": "vmap", **options}
-    loss = losses.BoundedLoss(inner_product, bound=1e6)
+    loss = InnerProduct(1e6)
     return DPLipModel(gradient_gated(net, **options), input_shape=shape, loss=loss)
 
 
@@ -212,7 +213,7 @@ def test_traced_networks_have_joint_caps_of_layers() -> None:
         gradient_gated(net, limit=LIMIT, joint="layer", isolation="graph"),
         input_shape=(6,),
         input_norm=10.0,
-        loss=losses.BoundedLoss(inner_product, bound=1e6),
+        loss=InnerProduct(1e6),
     )
     sensitivity = traced.sensitivity()
     assert sensitivity.total == pytest.approx(LIMIT * math.sqrt(2.0), rel=1e-4)
@@ -255,7 +256,7 @@ def test_uses_of_one_weight_that_add_up_are_within_the_cap_only_if_their_squares
     model = DPLipModel(
         gradient_gated(Twice().double(), limit=LIMIT, joint="network"),
         input_shape=(4,),
-        loss=losses.BoundedLoss(inner_product, bound=1e6),
+        loss=InnerProduct(1e6),
     )
     inputs, targets = torch.ones(1, 4, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
     assert ratios(gradients(model, inputs, targets, 1e3), model.sensitivity())[-1] == pytest.approx(1.0, abs=1e-4)

@@ -16,6 +16,7 @@ from clipless_dp import CliplessDPSGD, DPLipModel, constraints, gradient_gated, 
 from clipless_dp.gates import gradient_gated_layer, steps
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.layers import convex_potential
+from clipless_dp.losses.base import InnerProduct
 from tests.gates.test_gradient_gates import (
     BIAS_LIMIT,
     LIMIT,
@@ -79,7 +80,7 @@ def test_run_sample_by_sample_it_is_one_use_behind_one_gate_with_the_same_sums(
     layer, shape = built(name)
     values, cotangents = signals(layer, shape)
     net = gradient_gated(nn.Sequential(layer), limit=LIMIT, mode=mode, floor=0.01, isolation="vmap", joint=joint)
-    loss = losses.BoundedLoss(lambda output, target: (output * target).flatten(1).sum(1), bound=1e9)
+    loss = InnerProduct(1e9)
     model = DPLipModel(net, input_shape=shape, loss=loss)
     model.loss(model(values), cotangents).backward()
     found = {key.rpartition(".")[2]: value.grad for key, value in net.named_parameters()}
@@ -215,7 +216,7 @@ def test_depth_costs_four_times_the_input_without_gates_and_its_caps_behind_them
     """At norm 1 each of d layers has Δ = 4GX, whatever its neighbours are: 4GX√d in all, against c√d."""
     net = nn.Sequential(*(layers.ConvexPotential(4, bias=False) for _ in range(4)))
     options: dict[str, Any] = {"input_shape": (4,), "input_norm": 1.0, "constraint": constraints.Spectral()}
-    loss = losses.BoundedLoss(lambda output, target: (output * target).sum(1), bound=1.0)
+    loss = InnerProduct(1.0)
     plain = DPLipModel(net, loss=loss, **options).sensitivity()
     assert plain.total == pytest.approx(4.0 * math.sqrt(4.0), rel=1e-3)
     caps = DPLipModel(gradient_gated(net, limit=0.1), loss=loss, **options).sensitivity()

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_sel
 from clipless_dp import ConfigurationError, DPLipModel, fit, gradient_gated, losses, passes
 from clipless_dp.errors import CliplessError, PrivacyError
 from clipless_dp.isolation import Isolated
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.training.memory import traffic
 from tests.isolation.test_hidden_ways import Net, model_of, most_moved
 from tests.isolation.test_soundness import called, gradients, made, own_gradients, rows_of
@@ -30,7 +31,7 @@ LIMIT = 0.05
 
 
 def wrapped(net: nn.Module, shape: Any, **options: Any) -> DPLipModel:
-    loss = losses.BoundedLoss(lambda output, target: (output * target).flatten(1).sum(1), bound=1e6)
+    loss = InnerProduct(1e6)
     gated = gradient_gated(net, isolation="vmap", limit=LIMIT, mode="clip", **options)
     return DPLipModel(gated, input_shape=shape, loss=loss)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipless_dp import CliplessDPSGD, DPLipModel, gradient_gated, losses, passes, recipes
 from clipless_dp.isolation import Isolated
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.sampling import PoissonBatches
 
 with warnings.catch_warnings():
@@ -112,7 +113,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]
 
 
 def wrapped(net: nn.Module, inputs: dict[str, Tensor]) -> DPLipModel:
-    loss = losses.BoundedLoss(lambda output, target: (output * target).flatten(1).sum(1), bound=1e6)
+    loss = InnerProduct(1e6)
     return DPLipModel(gradient_gated(net, mode="clip", limit=LIMIT), input_shape=inputs, loss=loss)
 
 

@@ -27,13 +27,14 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.layers import Foton, FullSort, GroupSort, Pepita, forward_only
+from clipless_dp.losses.base import InnerProduct
 from clipless_dp.model.description import settings_of
 from clipless_dp.model.slopes import loss_slopes
 from clipless_dp.testing import LipschitzLayerTestCase
 from tests.support import samples
 
 SETTINGS: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.5, "dataset_size": 40, "sampling": "poisson"}
-ALONG = losses.BoundedLoss(lambda output, target: (output * target).sum(1), 1.0)
+ALONG = InnerProduct(1.0)
 """Whose cotangent is the target."""
 
 

@@ -24,9 +24,9 @@ from clipless_dp import (
     gated,
     gradient_gated,
     layers,
-    losses,
 )
 from clipless_dp.bounds.sweep import Sweep
+from clipless_dp.losses.base import InnerProduct
 from tests.soundness.mutation import Mutant, with_each
 
 ROWS = 5
@@ -235,7 +235,7 @@ class Drawn:
             net,
             input_shape=shape,
             input_norm=None if tokens else self.decades(0.01, 100.0),
-            loss=losses.BoundedLoss(lambda output, target: (output * target).sum(1), self.decades(0.01, 100.0)),
+            loss=InnerProduct(self.decades(0.01, 100.0)),
             constraint=constraint,
         )
         return model, tokens

@@ -73,18 +73,18 @@ def test_a_count_that_ignores_the_noise_is_caught(monkeypatch: pytest.MonkeyPatc
 
 def passing(deviation_factor: float, trials: int = 800) -> int:
     """Of a grid of one width, how often its noisy count is enough."""
-    targets = torch.cat((torch.zeros(71), torch.full((29,), 9.0))).double()
+    targets = torch.cat((torch.zeros(23), torch.full((7,), 9.0))).double()
     passed = 0
     for trial in range(trials):
         noise = Wrong(trial)
         noise.factor = deviation_factor
-        passed += math.isfinite(interval(targets, 0.5, 0.9, points=1, noise_multiplier=20.0, noise=noise))
+        passed += math.isfinite(interval(targets, 0.5, 0.9, points=1, noise_multiplier=6.0, noise=noise))
     return passed
 
 
 def test_counts_have_the_noise_that_is_charged() -> None:
-    least = intervals.needed_count(100, 0.5, 0.9, 20.0, 1)
-    expected = 1.0 - NORMAL.cdf((least - 71.0) / 20.0)
+    least = intervals.needed_count(30, 0.5, 0.9, 6.0, 1)
+    expected = 1.0 - NORMAL.cdf((least - 23.0) / 6.0)
     assert 0.1 < expected < 0.3
     assert stats.binomtest(passing(1.0), 800, expected).pvalue > 1e-3
     for wrong in (0.7, 1.4):
