@@ -109,12 +109,17 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("name", APART)
-def test_arrays_of_any_layout_in_which_rows_lie_apart_are_trained_on_as_others(name, tmp_path):
+@pytest.fixture(scope="module")
+def plain_scores():
     rows, labels = (part.numpy() for part in table(100))
-    plain = fit_table(rows, labels, **BUDGET)
+    return fit_table(rows, labels, **BUDGET).scores(rows)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_arrays_of_any_layout_in_which_rows_lie_apart_are_trained_on_as_others(name, tmp_path, plain_scores):
+    rows, labels = (part.numpy() for part in table(100))
     found = fit_table(APART[name](rows, tmp_path), labels, **BUDGET)
-    assert torch.equal(found.scores(rows), plain.scores(rows))
+    assert torch.equal(found.scores(rows), plain_scores)
 
 
 def test_labels_may_be_one_for_all_and_a_column_within_rows_too():
