@@ -615,3 +615,15 @@ def test_buffers_of_every_kind_are_as_they_were_behind_a_pass_that_writes_them(
     with pytest.raises(PrivacyError, match="wrote the buffer") if persistent else nullcontext():
         model(data()[0])
     assert unwritten._are_same(before, layer.kept)
+
+
+def test_functions_run_on_copies_in_the_graph_that_is_not_fused_too() -> None:
+    model = DPLipModel(gated(ByObject()), input_shape=(8,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    seen: list[Tensor] = []
+    layer = next(part for part in model.net.modules() if isinstance(part, nn.Linear))
+    layer.register_forward_hook(lambda part, given, value: seen.append(value))
+    STORE.clear()
+    with torch.no_grad():
+        model.graph.module(torch.ones(2, 8))
+    assert len(STORE) == 1
+    assert all(STORE[0].data_ptr() != value.data_ptr() for value in seen)
