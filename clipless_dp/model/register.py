@@ -9,6 +9,8 @@ shows.
 A compiled graph has the gate, as opaque operators, but no door, and a sharded model's gradients are summed and split
 elsewhere: there each ``.grad`` may change once for a backward pass that entered by the gate, and is noted right then.
 """
+# Over 500 lines: one class, the only one that writes to a gradient; what it knows of passes, gradients, turns and debts
+# has rooms of its own.
 
 from __future__ import annotations
 
