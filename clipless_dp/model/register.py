@@ -9,8 +9,6 @@ shows.
 A compiled graph has the gate, as opaque operators, but no door, and a sharded model's gradients are summed and split
 elsewhere: there each ``.grad`` may change once for a backward pass that entered by the gate, and is noted right then.
 """
-# Over 500 lines: one class, the only one that writes to a gradient; what it knows of passes, gradients, turns and debts
-# has rooms of its own.
 
 from __future__ import annotations
 
@@ -369,14 +367,6 @@ class Register:
         elif emptied:
             self._taint = "the gradients of some parameters were dropped, and those of others kept. " + SPENT
 
-    def note_all(self) -> None:
-        """Takes the gradients as they are for the register's own."""
-        self.noted.note_all(self.parameters)
-
-    def let_go(self) -> None:
-        """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
-        self.noted.clear()
-
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
         self.passes, self._taint, self._filled = [], None, set()
@@ -475,7 +465,7 @@ class Register:
                     parameter.grad = gradient
                 else:
                     parameter.grad += gradient
-        self.note_all()
+        self.noted.note_all(self.parameters)
 
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.

@@ -790,7 +790,8 @@ class DPLipModel(Unscripted, nn.Module):
         if not self.placement.is_whole:
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         if torch.__future__.get_swap_module_params_on_conversion():
-            self.register.let_go()
+            # A step on what is in the gradients now is refused then.
+            self.register.noted.clear()
         with lineage.kept(self.net):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._count_()

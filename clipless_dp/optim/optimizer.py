@@ -630,7 +630,7 @@ class CliplessDPOptimizer(Around):
         self.model.project_gradients_()
         self.step_noise = {key: deviation / self.expected_batch_size for key, deviation in deviations.items()}
         tell_noise(self.base_optimizer, self.step_noise)
-        register.note_all()
+        register.noted.note_all(register.parameters)
 
     def _shared_settings(self) -> dict[str, object]:
         """What must be the same on all ranks."""
