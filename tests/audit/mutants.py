@@ -122,7 +122,7 @@ def mean_over_the_actual_batch(**changes):
         for parameter in optimizer.model.net.parameters():
             parameter.grad *= optimizer.expected_batch_size / rows
         # Else the step is refused.
-        optimizer.model.register.note_all()
+        optimizer.model.register.noted.note_all(optimizer.model.register.parameters)
 
     def averaging(model: DPLipModel) -> CliplessDPSGD:
         optimizer = scenario.optimizer(model)
