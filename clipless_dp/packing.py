@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.tensor_types import plain
 
 Structure = Mapping[str, Tensor] | Sequence[Tensor]
 """The inputs of a network: by name, or in order; each ``(B, ...)``."""
@@ -164,11 +165,13 @@ class Packing:
             found = list(batch)
             if len(found) != len(self.fields):
                 raise InputError(f"expected {len(self.fields)} inputs, {self.described()}, got {len(found)}")
+        tensors = []
         for field, value in zip(self.fields, found, strict=True):
+            label = "an input" if field.name is None else f"the input {field.name!r}"
             if not isinstance(value, Tensor) or value.dim() == 0:
-                label = "an input" if field.name is None else f"the input {field.name!r}"
                 raise InputError(f"{label} must be a tensor with a batch axis, got {type(value).__name__}")
-        return found
+            tensors.append(plain(value, label))
+        return tensors
 
     def unpack(self, rows: Tensor) -> list[Tensor]:
         """The tensors of some rows, ``(..., entries)``, in the order of :attr:`fields`."""

@@ -26,6 +26,7 @@ from clipless_dp.noise.randomness import left_alone
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
+from clipless_dp.tensor_types import refuse_coded
 
 _BATCH_SIZES = (2, 3)
 _SHAPE_METHODS = {"size", "dim", "numel"}
@@ -285,8 +286,10 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
 
     Raises:
         UnsupportedModuleError: lists every part without a rule, or that mixes samples.
-        ConfigurationError: the network does not accept inputs of this shape.
+        ConfigurationError: the network does not accept inputs of this shape, or holds tensors of a type with code of
+            its own.
     """
+    refuse_coded(net)
     module = symbolic_trace(net)
     _refuse([*without_rule(module), *_misused_tokens(module)])
     vocabulary = min((leaf.weight.shape[0] for _, leaf in _tables(module)), default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,11 +20,11 @@ from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.isolation.functions import GATES
 from clipless_dp.isolation.normalisations import GatedGroupNorm, GatedLayerNorm
 from clipless_dp.isolation.recurrence import GatedRecurrence
+from clipless_dp.tensor_types import coded_in, computes, dispatches, is_of
 
 _GATES = (*GATES, GatedLayerNorm, GatedGroupNorm, GatedRecurrence)
 _UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in _GATES}
 _NUMBERS = {bool, int, float, complex}
-_INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
 
 
 _TRUSTED = ("builtins", "torch", "numpy", "enum")
@@ -43,11 +42,8 @@ def runs_own_code(kind: type) -> bool:
     What ``__torch_dispatch__`` is handed are the values of all samples, whosever code it is.
     """
     if issubclass(kind, Tensor):
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return True
-        found = kind.__torch_function__
-        return getattr(found, "__func__", found) not in _INHERITED and not _is_of(kind, ("torch",))
-    return kind not in _NUMBERS and not _is_of(kind, ("torch",))  # type: ignore[arg-type]
+        return dispatches(kind) or computes(kind)
+    return kind not in _NUMBERS and not is_of(kind, ("torch",))
 
 
 @cache
@@ -55,18 +51,7 @@ def acts(kind: type) -> bool:
     """Whether a value of a type, no tensor, runs code of its own where a function of torch reads it as an argument."""
     if hasattr(kind, "__next__"):
         return True
-    return any(_ACTING & vars(base).keys() for base in kind.__mro__ if not _is_of(base, _TRUSTED))
-
-
-@cache
-def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
-    """Whether a type is where it says that it is, in a module of a package."""
-    if kind.__module__.partition(".")[0] not in packages:
-        return False
-    found: Any = sys.modules.get(kind.__module__)
-    for name in kind.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is kind
+    return any(_ACTING & vars(base).keys() for base in kind.__mro__ if not is_of(base, _TRUSTED))
 
 
 def refuse_coded_tensors(net: nn.Module) -> None:
@@ -79,8 +64,7 @@ def refuse_coded_tensors(net: nn.Module) -> None:
         "it is a tensor of a type with code of its own (__torch_dispatch__, __torch_function__), which may see all "
         "samples at once: replace it by a plain tensor, dequantised say"
     )
-    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
-    parts = [Unsupported(name, type(value).__name__, remedy) for name, value in held if runs_own_code(type(value))]
+    parts = [Unsupported(name, kind, remedy) for name, kind in coded_in(net, placed=False)]
     if parts:
         raise UnsupportedModuleError(parts, isolated=True)
 

@@ -33,6 +33,7 @@ from clipless_dp.model.passes import DROPPED, LEFT_OUT, SPENT, Pass, Watched, de
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
 from clipless_dp.model.turns import Turns
 from clipless_dp.sampling.series import Draw, Rows
+from clipless_dp.tensor_types import is_coded
 from clipless_dp.uncompiled import uncompiled
 
 _MOST_OPEN = 4096
@@ -345,7 +346,10 @@ class Register:
                 self.noted.forget(parameter)
                 emptied |= id(parameter) in self._filled
                 continue
-            if self.noted.knows(parameter):
+            if type(gradient) is not Tensor and is_coded(type(gradient)):
+                # Which would add what it likes in place of noise.
+                altered = parameter
+            elif self.noted.knows(parameter):
                 if self.noted.has_values(parameter):
                     kept = True
                     continue
@@ -358,8 +362,9 @@ class Register:
         if altered is not None:
             self._taint = (
                 "gradients were changed, or added to, by something else than passes through the wrapped model: a loss "
-                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad. Scale the learning rate "
-                "by a public number instead, and call model(...) for all that is trained on"
+                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad, a .grad of a "
+                "type with code of its own. Scale the learning rate by a public number instead, and call model(...) "
+                "for all that is trained on"
             )
         elif not kept:
             self.passes, self._taint = [], None

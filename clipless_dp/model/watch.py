@@ -23,6 +23,7 @@ from clipless_dp.modules import (
     runs_hooks,
 )
 from clipless_dp.precision import coarse_products
+from clipless_dp.tensor_types import refuse_coded
 
 _Held = list[tuple[dict[str, nn.Module | None], tuple[tuple[str, nn.Module | None], ...]]]
 """Of each of some modules its children, and what these were."""
@@ -107,6 +108,7 @@ class Watch:
         self._net, self._device, self._dtype = net, device, dtype
         refuse_overlaps(net)
         self._places = places(parameters_of(net))
+        self._types = {type(parameter) for parameter in parameters_of(net)}
         self.leaves = leaves = [
             Leaf(() if is_leaf(net) else tuple(str(node.target).split(".")), traced.leaf(node))
             for node in traced.tensor_nodes()
@@ -146,7 +148,9 @@ class Watch:
             raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
 
     def refuse_moved(self, held: list[nn.Parameter]) -> None:
-        """Refuses parameters on another device or of another dtype."""
+        """Refuses parameters on another device, of another dtype, or of a type with code of its own."""
+        if not self._types.issuperset(map(type, held)):
+            refuse_coded(self._net)
         if any(parameter.device != self._device or parameter.dtype != self._dtype for parameter in held):
             parameter_device_and_dtype(self._net)
             raise PrivacyError(

@@ -54,6 +54,7 @@ from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
+from clipless_dp.tensor_types import plain
 
 _Net = Callable[[Tensor], Tensor]
 _Opened = passes.Pass | Tensor | None
@@ -202,7 +203,7 @@ class DPLipModel(Unscripted, nn.Module):
             contribute no gradient.
 
         Raises:
-            InputError: wrong shape, dtype or device.
+            InputError: wrong shape, dtype or device, or a tensor of a type with code of its own.
             PrivacyError: autocast is on, now or while the gradients are computed; or a layer of your own writes a
                 buffer that files of the model hold.
         """
@@ -292,10 +293,12 @@ class DPLipModel(Unscripted, nn.Module):
             named: the same by name, where ``inputs`` is ``None``.
 
         Raises:
-            InputError: they are not those that the model was wrapped for.
+            InputError: they are not those that the model was wrapped for, or no plain tensors
+                (:func:`clipless_dp.tensor_types.plain`).
         """
         packing = self._packing
         if isinstance(inputs, Tensor) and not named:
+            inputs = plain(inputs, "the input")
             if packing is not None and packing.is_single(inputs):
                 return inputs.reshape(len(inputs), packing.entries)
             return inputs
@@ -357,12 +360,15 @@ class DPLipModel(Unscripted, nn.Module):
             passes before: a function of the sum, or of the batch's size.
 
         Raises:
-            InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
+            InputError: the mask or the target does not fit the output, or is no plain tensor
+                (:func:`clipless_dp.tensor_types.plain`), or the loss is not one real number a row.
             PrivacyError: the target requires gradients, or the output hangs on another tensor that does
                 (:meth:`require_own_loss`).
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
+        output, target = plain(output, "the output"), plain(target, "the target")
+        mask = None if mask is None else plain(mask, "the mask")
         checks.check_targets(output, target, mask)
         if target.requires_grad and passes.is_private():
             checks.refuse_trained_targets()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import shown, unmasked
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.sampling.cells import readable
+from clipless_dp.tensor_types import plain
 
 _WANTED = (
     "the domain is part of what is released, so it must be public: a range that is known without the data, as of "
@@ -159,7 +160,7 @@ def _as_tensor(rows: object) -> Tensor:
     if isinstance(rows, Tensor):
         if rows.layout is not torch.strided:
             raise InputError(f"expected dense rows (N, ...), got a tensor of layout {rows.layout}: rows.to_dense()")
-        return rows.detach()
+        return plain(rows, "the data").detach()
     try:
         values = np.asarray(readable("rows", rows))
         return torch.as_tensor(values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable))

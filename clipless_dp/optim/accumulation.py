@@ -21,6 +21,7 @@ from clipless_dp.packing import Structure
 from clipless_dp.sampling.augmentation import Augmentation, views
 from clipless_dp.sampling.people import Unit
 from clipless_dp.sampling.series import Rows, overlapping
+from clipless_dp.tensor_types import plain
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -49,8 +50,13 @@ def accumulate(
             f"a batch is inputs, targets and a mask of rows that count, or the first two, got {shown(batch)}: of a "
             'mapping, as data collators return it, write accumulate((batch, batch["labels"]))'
         )
-    inputs, targets = model.rows(batch[0]), batch[1]
-    mask = batch[2] if len(batch) == 3 else torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    _require_gradients()
+    inputs, targets = model.rows(batch[0]), plain(batch[1], "the target")
+    mask = (
+        plain(batch[2], "the mask")
+        if len(batch) == 3
+        else torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    )
     register = model.register
     rows, beside = passes.origin(inputs, register.names())
     register.reconcile()
@@ -102,6 +108,14 @@ def accumulate(
     # One batch to whoever asks: after an error in a later class nothing of an earlier one stays.
     with register.apart(rows, beside, unseen=unseen):
         return torch.stack([passed([span]) for span in spans]).sum()
+
+
+def _require_gradients() -> None:
+    if not torch.is_grad_enabled():
+        raise ConfigurationError(
+            "gradients, which accumulate() computes, are turned off (torch.no_grad(), torch.inference_mode()): call it "
+            "outside of that. Nothing was added"
+        )
 
 
 @contextmanager
@@ -194,7 +208,8 @@ def accumulate_public(
     model: DPLipModel, batch: tuple[Tensor | Structure, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Tensor:
     """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate_public`."""
-    inputs, targets = model.rows(batch[0]), batch[1]
+    _require_gradients()
+    inputs, targets = model.rows(batch[0]), plain(batch[1], "the target")
     with model.register.apart(None, None, public=True):
         value = model.loss(model(inputs), targets) if loss is None else loss(inputs, targets)
         value.backward()

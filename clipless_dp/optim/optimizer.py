@@ -316,6 +316,10 @@ class CliplessDPOptimizer(Around):
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
+        if torch.is_inference_mode_enabled():
+            # What is made in it, as a base makes what it keeps, could not be written to in the next step.
+            with torch.inference_mode(False):
+                return self.step(closure)
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():

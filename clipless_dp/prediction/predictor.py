@@ -23,6 +23,7 @@ from clipless_dp.modules import kept_modes, parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.statement.facts import CHANGED
+from clipless_dp.tensor_types import plain
 
 if TYPE_CHECKING:
     from clipless_dp.monotone import MonotoneCertificate
@@ -284,7 +285,9 @@ class Predictor:
             for part in rows.values() if isinstance(rows, Mapping) else rows:
                 unmasked("rows", part)
             return rows
-        if not isinstance(rows, Tensor):
+        if isinstance(rows, Tensor):
+            rows = plain(rows, "what is to be predicted")
+        else:
             unmasked("rows", rows)
             try:
                 rows = torch.as_tensor(np.asarray(rows))

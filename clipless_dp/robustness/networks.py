@@ -19,6 +19,7 @@ from clipless_dp.losses import class_scores
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.sampling import Samples
+from clipless_dp.tensor_types import plain, refuse_coded
 from clipless_dp.training import Data
 
 Units = float | Sequence[float] | Tensor | None
@@ -74,6 +75,8 @@ class PlainNetwork(nn.Module):
         self.is_single = False
         refuse_interference()
         net, wrapped = getattr(model, "_orig_mod", model), wrapped_model(model)
+        for part in (net, *([] if front is None else [front])):
+            refuse_coded(part)
         if wrapped is not None:
             reads_numbers = wrapped.vocabulary is None and wrapped.packing is None
             if not (reads_numbers and wrapped.graph.reads.is_floating_point):
@@ -199,7 +202,7 @@ class PlainNetwork(nn.Module):
         """What the front makes of inputs: in the network's dtype, and else as they are without one."""
         refuse_interference()
         # A copy, as code of a user's own may compute in place.
-        values = inputs.to(self.device, self.dtype, copy=True)
+        values = plain(inputs, "the input").to(self.device, self.dtype, copy=True)
         return values if self.front is None else self.front(values)
 
     def behind(self, values: Tensor) -> Tensor:
@@ -313,6 +316,7 @@ def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:
         InputError: labels are no integers, one for each sample.
     """
     if isinstance(data, Tensor):
+        data = plain(data, "the input")
         if data.dim() < 2 or not data.is_floating_point():
             raise InputError(f"expected inputs (batch, ...) of floating-point numbers, got {data.dtype} {data.shape}")
         return data, None

@@ -24,6 +24,7 @@ from clipless_dp.sampling.adversarial import Adversarial, Beside, LabelledAugmen
 from clipless_dp.sampling.generators import random_states, set_random_states
 from clipless_dp.sampling.reach import ATOMS, reachable
 from clipless_dp.sampling.transforms import GaussianNoise, OfLabels, OfRows, RowAugmentation, ShiftAndFlip
+from clipless_dp.tensor_types import plain
 
 __all__ = ["Adversarial", "Augmentation", "Beside", "GaussianNoise", "LabelledAugmentation", "RowAugmentation"]
 __all__ += ["ShiftAndFlip", "refuse_own_generators", "views"]
@@ -250,7 +251,7 @@ def _views(
         view = augment(row.clone()) if counts else row
         if not isinstance(view, Tensor) or view.shape != row.shape:
             raise _misshapen(augment, view, row.shape)
-        rows.append(view)
+        rows.append(plain(view, "a view"))
         if counts and after_row is not None:
             after_row()
     return torch.stack(rows) if rows else inputs
@@ -288,6 +289,7 @@ def _views_of_rows(augment: OfRows, inputs: Tensor, mask: Tensor, beside: Beside
     made = _made(augment, inputs, mask, beside)
     if not isinstance(made, Tensor) or made.shape != inputs.shape:
         raise _misshapen(augment, made, inputs.shape)
+    made = plain(made, "a view")
     if inputs._version != version or (kept is not None and not bool(_same(inputs, kept).all())):
         raise PrivacyError(
             f"augment={augment!r} changes its argument in place, which other views and other passes read: return a new "

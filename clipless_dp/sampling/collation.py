@@ -19,6 +19,7 @@ from clipless_dp.sampling import memory, trained_on
 from clipless_dp.sampling.augmentation import EVERY, refuse_own_generators
 from clipless_dp.sampling.generators import random_states, set_random_states
 from clipless_dp.sampling.reach import reachable
+from clipless_dp.tensor_types import refuse_code
 
 _CPU = torch.device("cpu")
 
@@ -224,6 +225,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 def _held(value: Any) -> Any:
     """A batch of its own memory: a function that fills the same tensor each time would overwrite earlier rows."""
     if isinstance(value, Tensor):
+        refuse_code(value, "what the collate function returns")
         return value.detach().clone()
     return _mapped(_held, value, lambda other: other)
 

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from clipless_dp.sampling.copies import place_of, weighs_alike
 from clipless_dp.sampling.fingerprints import fingerprint
 from clipless_dp.sampling.series import Draw, Rows, clock, span_of
+from clipless_dp.tensor_types import refuse_code
 
 
 class _State(NamedTuple):
@@ -79,12 +80,17 @@ def deliver(draw: Draw, batch: Any, rows: int, original: Callable[[], Tensor] | 
         batch: tensors, in any nesting, whose axis 0 is that of the samples.
         rows: how many of them count; further ones are padding.
         original: makes those of the batch's only tensor again.
+
+    Raises:
+        InputError: a tensor is of a type with code of its own.
     """
+    parts = (batch,) if isinstance(batch, Tensor) else tree_leaves(batch)
+    tensors = tuple(part for part in parts if is_batch(part))
+    for tensor in tensors:
+        refuse_code(tensor, "a tensor of a batch")
     draw.original = original
     draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(clock)
     draw.thread = threading.get_ident()
-    parts = (batch,) if isinstance(batch, Tensor) else tree_leaves(batch)
-    tensors = tuple(part for part in parts if is_batch(part))
     with _lock:
         for tensor in tensors:
             _delivered[tensor] = _Delivered(draw, _State.of(tensor))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from clipless_dp.arguments import whole
@@ -18,6 +19,7 @@ from clipless_dp.packing import LABELS, Packing, Structure
 from clipless_dp.sampling import memory, overlaps, persons, trained_on
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
+from clipless_dp.tensor_types import plain, refuse_code
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -366,6 +368,9 @@ class Samples:
                 return _column("inputs", inputs), _column("targets", targets)
             self._structured = True
             return _stacked(inputs), _column("targets", targets)
+        for part in tree_leaves(samples):
+            if isinstance(part, Tensor):
+                refuse_code(part, "a tensor of a sample")
         inputs, targets = default_collate(samples)
         return inputs, targets
 
@@ -429,9 +434,11 @@ def _as_tensor(name: object, value: Any) -> Tensor:
         if np.ma.is_masked(value):
             raise InputError(f"{name!r} is masked, and a tensor would hold what is under the mask: fill it")
         value = value.data
+    if isinstance(value, Tensor):
+        return plain(value, "the target" if name == "targets" else f"the input {name!r}")
     try:
         if isinstance(value, (list, tuple)) and value and hasattr(value[0], "shape"):
-            return torch.stack([torch.as_tensor(part) for part in value])
+            return torch.stack([_as_tensor(name, part) for part in value])
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(

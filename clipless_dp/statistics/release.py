@@ -21,6 +21,7 @@ from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, nois
 from clipless_dp.sampling.overlaps import refuse_overlapping_columns
 from clipless_dp.sampling.people import People, Unit, refuse_other_units
 from clipless_dp.sampling.samples import public_size
+from clipless_dp.tensor_types import refuse_code
 
 Exact = TypeVar("Exact")
 """What is computed of the data before noise is added."""
@@ -69,6 +70,7 @@ def require_tensor(values: object) -> Tensor:
     """
     if not isinstance(values, Tensor):
         raise InputError(f"expected a tensor, got {type(values).__name__}: convert it by torch.as_tensor")
+    refuse_code(values, "what a statistic is of")
     if values.layout is not torch.strided or values.is_quantized or values.is_meta:
         raise InputError(f"expected a dense tensor, got {values.dtype} of {values.layout} on {values.device}")
     return values
