@@ -24,7 +24,7 @@ ROOT = Path(clipless_dp.__file__).parents[1]
 FLOORS = (
     # Ground.
     "errors former version",
-    "arguments checkpoint display interrupts modules precision uncompiled",
+    "arguments checkpoint display interrupts modules precision tensor_types uncompiled",
     "datasets packing recipes",
     # What is bounded. Noise is as low, because dropout and views of samples draw from it.
     "gates noise norms",

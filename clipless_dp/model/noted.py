@@ -8,6 +8,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from clipless_dp import tensor_types
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.turns import IN_STEP
@@ -20,6 +21,11 @@ class _Held(NamedTuple):
     gradient: ref[Tensor]
     version: int
     sample: object
+
+
+def is_coded(gradient: Tensor) -> bool:
+    """Whether a gradient is of a type with code of its own, which would add what it likes in place of noise."""
+    return type(gradient) is not Tensor and tensor_types.is_coded(type(gradient))
 
 
 class Noted:
@@ -58,7 +64,9 @@ class Noted:
         return self._is(self._held.get(id(parameter)), cast(Tensor, parameter.grad))
 
     def _is(self, known: _Held | None, gradient: Tensor) -> bool:
-        if known is None or known.gradient() is not gradient or known.version != gradient._version:
+        if is_coded(gradient) or known is None or known.gradient() is not gradient:
+            return False
+        if known.version != gradient._version:
             return False
         if not self.sharded:
             return True

@@ -27,13 +27,12 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
-from clipless_dp.model.noted import Noted
+from clipless_dp.model.noted import Noted, is_coded
 from clipless_dp.model.owed import Owed, for_all
 from clipless_dp.model.passes import DROPPED, LEFT_OUT, SPENT, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
 from clipless_dp.model.turns import Turns
 from clipless_dp.sampling.series import Draw, Rows
-from clipless_dp.tensor_types import is_coded
 from clipless_dp.uncompiled import uncompiled
 
 _MOST_OPEN = 4096
@@ -346,15 +345,12 @@ class Register:
                 self.noted.forget(parameter)
                 emptied |= id(parameter) in self._filled
                 continue
-            if type(gradient) is not Tensor and is_coded(type(gradient)):
-                # Which would add what it likes in place of noise.
-                altered = parameter
-            elif self.noted.knows(parameter):
+            if self.noted.knows(parameter):
                 if self.noted.has_values(parameter):
                     kept = True
                     continue
                 altered = parameter
-            elif not bool(placement.local(gradient).any()):
+            elif not (is_coded(gradient) or bool(placement.local(gradient).any())):
                 self.noted.note(parameter)
                 emptied |= id(parameter) in self._filled
             else:
@@ -362,9 +358,8 @@ class Register:
         if altered is not None:
             self._taint = (
                 "gradients were changed, or added to, by something else than passes through the wrapped model: a loss "
-                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad, a .grad of a "
-                "type with code of its own. Scale the learning rate by a public number instead, and call model(...) "
-                "for all that is trained on"
+                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad, or one with code of its "
+                "own. Scale the learning rate by a public number instead, call model(...) for all that is trained on"
             )
         elif not kept:
             self.passes, self._taint = [], None

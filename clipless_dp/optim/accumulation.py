@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +46,7 @@ def accumulate(
         micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if augment is not None:
         function("augment", augment, "one sample")
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise ConfigurationError(
-            f"a batch is inputs, targets and a mask of rows that count, or the first two, got {shown(batch)}: of a "
-            'mapping, as data collators return it, write accumulate((batch, batch["labels"]))'
-        )
-    _require_gradients()
-    inputs, targets = model.rows(batch[0]), plain(batch[1], "the target")
-    mask = (
-        plain(batch[2], "the mask")
-        if len(batch) == 3
-        else torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
-    )
+    inputs, targets, mask = _parts(model, batch)
     register = model.register
     rows, beside = passes.origin(inputs, register.names())
     register.reconcile()
@@ -108,6 +98,20 @@ def accumulate(
     # One batch to whoever asks: after an error in a later class nothing of an earlier one stays.
     with register.apart(rows, beside, unseen=unseen):
         return torch.stack([passed([span]) for span in spans]).sum()
+
+
+def _parts(model: DPLipModel, batch: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs as rows, targets, and the mask of a batch."""
+    _require_gradients()
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise ConfigurationError(
+            f"a batch is inputs, targets and a mask of rows that count, or the first two, got {shown(batch)}: of a "
+            'mapping, as data collators return it, write accumulate((batch, batch["labels"]))'
+        )
+    inputs, targets = model.rows(batch[0]), plain(batch[1], "the target")
+    if len(batch) == 3:
+        return inputs, targets, plain(batch[2], "the mask")
+    return inputs, targets, torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
 
 
 def _require_gradients() -> None:
