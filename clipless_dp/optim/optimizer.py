@@ -319,7 +319,10 @@ class CliplessDPOptimizer(Around):
         if torch.is_inference_mode_enabled():
             # What is made in it, as a base makes what it keeps, could not be written to in the next step.
             with torch.inference_mode(False):
-                return self.step(closure)
+                return self._step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():

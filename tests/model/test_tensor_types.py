@@ -554,6 +554,8 @@ def test_a_step_in_inference_mode_is_a_step(base: type[torch.optim.Optimizer], c
             noise=ReproducibleNoise(0),
         )
         for number, batch in enumerate(PoissonBatches(data(), sample_rate=0.5, steps=4, seed=3)):
+            hooked: list[int] = []
+            handle = optimizer.register_step_post_hook(lambda *_, hooked=hooked: hooked.append(1))
 
             def closure(batch: Any = batch) -> float:
                 return float(optimizer.accumulate(batch))
@@ -562,6 +564,8 @@ def test_a_step_in_inference_mode_is_a_step(base: type[torch.optim.Optimizer], c
                 closure()
             with within() if number % 2 == 0 else torch.enable_grad():
                 optimizer.step(closure) if closed else optimizer.step()
+            handle.remove()
+            assert len(hooked) == 1
             optimizer.zero_grad()
         return [parameter.detach() for parameter in model.net.parameters()], optimizer
 
