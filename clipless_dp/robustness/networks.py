@@ -75,8 +75,9 @@ class PlainNetwork(nn.Module):
         self.is_single = False
         refuse_interference()
         net, wrapped = getattr(model, "_orig_mod", model), wrapped_model(model)
-        for part in (net, *([] if front is None else [front])):
-            refuse_coded(part)
+        for part in (net, front):
+            if isinstance(part, nn.Module):
+                refuse_coded(part)
         if wrapped is not None:
             reads_numbers = wrapped.vocabulary is None and wrapped.packing is None
             if not (reads_numbers and wrapped.graph.reads.is_floating_point):
