@@ -110,11 +110,10 @@ class Register:
         model = self._model()
         assert model is not None
         with self.lock:
+            begun = opened(inputs, *model.bounds_of_pass(), self.names())
+            begun.trains = self._trains()
             if not self.owed():
-                self.turns.begin()
-            rests_on = model.bounds_of_pass()
-        begun = opened(inputs, *rests_on, self.names())
-        begun.trains = self._trains()
+                self.turns.begin(begun)
         return begun
 
     def _trains(self) -> tuple[bool, ...]:
@@ -370,6 +369,7 @@ class Register:
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
         self.passes, self._taint, self._filled = [], None, set()
+        self.turns.end()
         self._strike(self.owed())
 
     def drop(self) -> None:

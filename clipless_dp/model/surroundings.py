@@ -21,10 +21,11 @@ _UPDATE = "_clipless_dp_update"
 
 def _refuse_gradients(*_: object) -> NoReturn:
     raise PrivacyError(
-        "the base optimizer, or a hook of it, calls the network or computes gradients within its step, as one that "
-        "passes batches by itself does (GSAM, SAM with a closure of its own, MeZO, a line search): what that says of "
-        "them would go into the weights without noise and without charge. Look at outputs outside of step(). Take a "
-        "first-order optimizer that steps on the gradients that are there. Nothing of them was released"
+        "the base optimizer, or a hook of it, calls the network or computes gradients within its step, or where "
+        "another call goes on to it (load_state_dict(), train()), as one that passes batches by itself does (GSAM, SAM "
+        "with a closure of its own, MeZO, a line search): what that says of them would go into the weights without "
+        "noise and without charge. Look at outputs outside of such calls. Take a first-order optimizer that steps on "
+        "the gradients that are there. Nothing of them was released"
     )
 
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
-from weakref import WeakSet, WeakValueDictionary
+from weakref import ReferenceType, WeakSet, WeakValueDictionary, ref
 
 from torch import Tensor
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.interrupts import UnderWay
 from clipless_dp.model.owed import Owed, for_all
+from clipless_dp.model.passes import Pass
+from clipless_dp.sampling.series import Draw
 
 IN_STEP = (
     "it would be released without noise, or without being counted. Nothing of it was added. Take passes and steps in "
@@ -89,6 +91,8 @@ class Turns:
         self._parameters: Sequence[Tensor] = ()
         self._held: list[Owed] = []
         self.steppers: WeakSet[BeforePass] = WeakSet()
+        self._first: ReferenceType[Draw] | None = None
+        self._trained: tuple[bool, ...] = ()
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """These are the model's."""
@@ -161,10 +165,23 @@ class Turns:
             "for another thread's look at the model waits for ever. Look from the step's own thread, or behind the step"
         )
 
-    def begin(self) -> None:
-        """The first pass of a step begins."""
-        for one in self.steppers:
-            one.before_pass()
+    def begin(self, first: Pass) -> None:
+        """A pass of which no gradient is owed is the first of a step, but where its draw has been passed before.
+
+        What the loss of a draw's first pass may have decided is not what was before it.
+        """
+        draw = None if first.rows is None else first.rows.draw
+        known = None if self._first is None else self._first()
+        if known is None or known.used or not (draw is None or draw is known):
+            for one in self.steppers:
+                one.before_pass()
+            self._first, self._trained = None if draw is None else ref(draw), first.trains
+        elif draw is known and any(self._trained):
+            first.trains = self._trained
+
+    def end(self) -> None:
+        """No draw is in hand any more."""
+        self._first = None
 
     def holding(self, patience: float = -1.0) -> AbstractContextManager[None]:
         """Gradients are filled, or looked at, within: by a step, from its look at them to the end of its update.

@@ -229,10 +229,23 @@ class Around(Optimizer):
     _is_made = False
 
     def __init__(self, base_optimizer: Optimizer) -> None:
-        self.base_optimizer = base_optimizer
+        self._base_optimizer = base_optimizer
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._is_made = True
         del self._given
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The other one; fixed, as it is guarded, and what it keeps witnessed, from the beginning."""
+        return self._base_optimizer
+
+    @base_optimizer.setter
+    def base_optimizer(self, value: object) -> None:
+        raise ConfigurationError(
+            "the base optimizer of a private one is not exchanged, as what it keeps is witnessed from its first step "
+            "on: make a new private optimizer of the model and the other one, with accountant=optimizer.accountant, "
+            "and go on with that"
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -308,6 +321,33 @@ class Around(Optimizer):
             _stepping.reset(token)
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _base_is_called(self, net: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """A call beside its step goes on to the other one, and what that leaves may be noted as private behind it.
+
+        There are no gradients within, whoever has left some, and none are computed. Of the other calls, what is written
+        is noted by none: where gradients are cleared, they are there.
+
+        Args:
+            net: the wrapped network.
+            parameters: of the network.
+
+        Raises:
+            PrivacyError: it calls the network, or computes gradients.
+        """
+        held = {id(one): one for one in parameters}
+        for optimizer in nested(self.base_optimizer):
+            held.update((id(one), one) for group in optimizer.param_groups for one in group["params"])
+        gradients = [(parameter, parameter.grad) for parameter in held.values()]
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            with torch.no_grad(), without_passes(net), without_gradients(held.values()):
+                yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def _refuse_within_step(self, call: str) -> None:
         """Refuses a call from a hook of the other one's step.

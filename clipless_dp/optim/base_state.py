@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError, PrivacyWarning
-from clipless_dp.optim.around import everything, is_known, is_plain, nested
+from clipless_dp.optim.around import everything, is_known, is_plain
 from clipless_dp.optim.holdings import (
     GROUP,
     SETTINGS,
@@ -192,8 +192,8 @@ def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[Non
     """The state that is loaded within comes together with its ledger. All else has to be as it was.
 
     Optimizers whose ``load_state_dict`` keeps entries of their own, or fills what they keep elsewhere, may do so where
-    all was as it was left; else what equals a loaded value is the state, and nothing else. Gradients, which need not be
-    private by then, are put aside meanwhile.
+    all was as it was left; else what equals a loaded value is the state, and nothing else. After an error nothing is
+    noted.
     """
     before = _noted.get(optimizer) or _Noted(_Marks(()), _Marks(()))
     elsewhere = before.rest.first_other(rest_of(optimizer)) is None
@@ -205,15 +205,7 @@ def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[Non
     for place, _, value in within((), None, state_dict, None):
         if not (isinstance(value, Tensor) and _memory(value) in written):
             loaded.setdefault(place[-1], []).append(value)
-    parameters = {id(one): one for some in nested(optimizer) for group in some.param_groups for one in group["params"]}
-    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+    yield
     if holds:
         _noted[optimizer] = _Noted(_Marks(own_of(optimizer)), _Marks(rest_of(optimizer)))
         return
@@ -254,9 +246,13 @@ def first_other(optimizer: Optimizer) -> Found | None:
     return noted.rest.first_other(rest_of(optimizer)) if other is None and whole else other
 
 
-def private_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The state to save: what private steps have left, and where something else was written, groups' numbers alone."""
-    state = optimizer.state_dict()
+def private_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state to save: what private steps have left, and where something else was written, groups' numbers alone.
+
+    Args:
+        optimizer: whose it is.
+        state: what it says that it is.
+    """
     noted, known = _noted.get(optimizer), first_other(optimizer) is None
     # Gradients that are there may be those of a pass.
     beside = [*noted.rest.others(rest_of(optimizer, gradients=True))] if known and noted is not None else []

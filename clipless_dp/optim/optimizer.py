@@ -22,7 +22,6 @@ from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.interrupts import completed
 from clipless_dp.model import DPLipModel, lineage, passes
-from clipless_dp.model.surroundings import without_gradients
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, base_state, checks, holdings, loadable
@@ -336,6 +335,7 @@ class CliplessDPOptimizer(Around):
                 raise
             try:
                 with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
+                    tell_noise(self.base_optimizer, self.step_noise)
                     self.model.register.noted.require(self.model.register.parameters)
                     self.base_optimizer.step()
                 self.model.project_()
@@ -430,27 +430,29 @@ class CliplessDPOptimizer(Around):
         Raises:
             PrivacyError: gradients of passes are there, which it might read; or it computes some.
         """
-        if self.model.register.passes:
-            raise PrivacyError(
-                f"{name}() between backward() and step() might read gradients before they are private: call it before "
-                "the pass, or after the step"
-            )
-        base_state.refuse_other_state(self.base_optimizer)
-        known = lineage.of(self.model)
-        named = self._require_protected()
-        counted = known.unchanged(named)
-        with without_gradients(self.model.register.parameters):
-            found = mode(*args)
-        if counted:
-            known.follow(named)
-        base_state.note(self.base_optimizer)
+        with self.model.register.turns.stepping():
+            self.model.register.reconcile()
+            if self.model.register.passes:
+                raise PrivacyError(
+                    f"{name}() between backward() and step() would change the weights that the gradients are of: call "
+                    "it before the pass, or after the step"
+                )
+            base_state.refuse_other_state(self.base_optimizer)
+            known = lineage.of(self.model)
+            named = self._require_protected()
+            counted = known.unchanged(named)
+            with self._base_is_called(self.model, self.model.register.parameters):
+                found = mode(*args)
+            if counted:
+                known.follow(named)
+            base_state.note(self.base_optimizer)
         return found
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             # Of bases that have them alone; loops and trainers ask whether an optimizer does.
-            mode = getattr(self.__dict__.get("base_optimizer"), name, None) if name in ("train", "eval") else None
+            mode = getattr(self.__dict__.get("_base_optimizer"), name, None) if name in ("train", "eval") else None
             if mode is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return partial(self._switch, name, mode)
@@ -475,9 +477,11 @@ class CliplessDPOptimizer(Around):
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         self._require_protected(params)
-        for parameter in params:
-            parameter.grad = None
-        self.base_optimizer.add_param_group({**param_group, "params": params})
+        with self.model.register.turns.stepping():
+            for parameter in params:
+                parameter.grad = None
+            with self._base_is_called(self.model, self.model.register.parameters):
+                self.base_optimizer.add_param_group({**param_group, "params": params})
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only.
@@ -489,7 +493,9 @@ class CliplessDPOptimizer(Around):
         """
         self._refuse_within_step("state_dict()")
         with self.model.register.turns.resting():
-            base = base_state.private_state(self.base_optimizer)
+            with self._base_is_called(self.model, self.model.register.parameters):
+                held = self.base_optimizer.state_dict()
+            base = base_state.private_state(self.base_optimizer, held)
             return {
                 **base,
                 "clipless_dp": {
@@ -532,12 +538,14 @@ class CliplessDPOptimizer(Around):
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
         kind = type(self.base_optimizer).__name__
-        if self.model.register.passes:
+        register = self.model.register
+        if register.passes:
             # Whether to go back may have been decided by gradients that wait for their step: statements tell.
             lineage.of(self.model).changed += 1
-        with base_state.loading(self.base_optimizer, base):
+        with register.turns.stepping(), base_state.loading(self.base_optimizer, base):
             try:
-                self.base_optimizer.load_state_dict(copy.deepcopy(base))
+                with self._base_is_called(self.model, register.parameters):
+                    self.base_optimizer.load_state_dict(copy.deepcopy(base))
             except Exception as error:
                 if isinstance(error, CliplessError):
                     raise
@@ -636,7 +644,6 @@ class CliplessDPOptimizer(Around):
             self._adaptation.drop()
         self.model.project_gradients_()
         self.step_noise = {key: deviation / self.expected_batch_size for key, deviation in deviations.items()}
-        tell_noise(self.base_optimizer, self.step_noise)
         register.noted.note_all(register.parameters)
 
     def _shared_settings(self) -> dict[str, object]:

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from clipless_dp import CliplessDPOptimizer, DPLipModel, PrivacyError, ReproducibleNoise, losses
+from clipless_dp import (
+    CliplessDPOptimizer,
+    DPLipModel,
+    LayerBounds,
+    PrivacyError,
+    ReproducibleNoise,
+    constraints,
+    losses,
+    register_rule,
+)
 from clipless_dp.model import turns
 from tests.support import OwnSGD, gated_model, samples
 
@@ -273,3 +282,69 @@ def test_a_hook_that_waits_for_a_look_of_another_thread_waits_no_longer_than_its
         assert "another thread" in str(found[0])
         assert pool.submit(model.lipschitz_constant).result(timeout=20.0) > 0.0
     assert optimizer.steps_taken == 1
+
+
+class Own(torch.nn.Module):
+    """A layer of one's own, whose passes take turns with steps, as it may write to what it reads."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * 1.0
+
+
+register_rule(Own)(lambda _, context: LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0))
+
+SETTINGS: dict[str, Any] = {"sample_rate": 1.0, "dataset_size": 40, "sampling": "none", "accountant": "rdp"}
+
+
+def private(net: torch.nn.Module) -> tuple[DPLipModel, OwnSGD, CliplessDPOptimizer]:
+    constraint = constraints.Spectral(1.0)
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0), constraint=constraint)
+    base = OwnSGD(list(model.net.parameters()))
+    return model, base, CliplessDPOptimizer(model, base, noise_multiplier=1.0, **SETTINGS)
+
+
+def with_layer(layer: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(layer, torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layer", [torch.nn.Identity, Own])
+@pytest.mark.parametrize("goes_on", ["a step", "an evaluation"])
+def test_two_wrappers_of_which_one_asks_the_other_in_its_step_do_not_wait_for_each_other(
+    goes_on: str, layer: type[torch.nn.Module]
+) -> None:
+    net = with_layer(layer())
+    (_, base, first), (asked, _, second) = private(net), private(net)
+    inside, done = threading.Event(), threading.Event()
+
+    def hook(*_: object) -> None:
+        inside.set()
+        time.sleep(0.05)
+        asked.lipschitz_constant()
+
+    base.register_step_post_hook(hook)
+
+    def train() -> None:
+        for _ in range(3):
+            # Weights in the middle of a step are shown to nobody, and steps of others leave gradients.
+            with contextlib.suppress(PrivacyError):
+                first.step()
+        done.set()
+
+    def go_on() -> None:
+        inside.wait(20.0)
+        while not done.is_set():
+            with contextlib.suppress(PrivacyError), torch.no_grad():
+                if goes_on == "a step":
+                    second.step()
+                else:
+                    asked(INPUTS)
+
+    threads = [threading.Thread(target=train, daemon=True), threading.Thread(target=go_on, daemon=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert inside.is_set()
+    assert not any(thread.is_alive() for thread in threads)
