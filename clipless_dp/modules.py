@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import pickle
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 
@@ -193,15 +195,87 @@ def state_of(net: nn.Module) -> dict[str, Any]:
     """The parameters and persistent buffers of a network, by name, for a file.
 
     Raises:
-        PrivacyError: its ``state_dict`` holds something else, as ``get_extra_state`` of a layer adds it: nothing is
-            known of what that keeps of samples.
+        PrivacyError: its ``state_dict`` holds something else, as ``get_extra_state`` of a layer adds it, or a hook puts
+            it in place of a parameter: nothing is known of what that keeps of samples.
     """
     state: dict[str, Any] = net.state_dict()
-    held = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
-    named = {name for name, _ in held}
-    if other := sorted(state.keys() - named):
+    named = saved_of(net)
+    if other := sorted((state.keys() - named.keys()) | (state.keys() & beside_of(named, state).keys())):
         raise PrivacyError(
             f"the network's state holds {', '.join(map(repr, other))} beside parameters and buffers: what a layer "
             "keeps of samples would be in the file without noise. Leave get_extra_state and hooks of state_dict out"
         )
     return state
+
+
+def saved_of(net: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a network, by the names that its state gives them behind a prefix."""
+    found = {**dict(net.named_parameters(remove_duplicate=False)), **buffers_of(net)}
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def beside_of(
+    named: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str = "", others: Collection[str] = ()
+) -> dict[str, str | None]:
+    """What a state holds beside parameters and persistent buffers.
+
+    What lies in the memory of one of these, or is equal to one, is no such thing, whatever it is called: hooks rename,
+    move and cast.
+
+    Args:
+        named: parameters and buffers, see :func:`saved_of`.
+        state: what a ``state_dict`` returned, of other modules too.
+        prefix: what names begin with there.
+        others: names there that are of other modules.
+
+    Returns:
+        By names, without the prefix, something that is the same for the same content; ``None`` where nothing tells.
+        What ``_metadata`` says of modules is among it, and attributes of the state, but for a version 1.
+    """
+    memory = {place for value in named.values() if (place := _storage(value)) is not None}
+    entries = {name.removeprefix(prefix): value for name, value in state.items() if name not in others}
+    found = {name: value for name, value in entries.items() if not _is_held(value, name, named, memory)}
+    told = {f"{name} of the state": value for name, value in getattr(state, "__dict__", {}).items()}
+    for path, version in told.pop("_metadata of the state", {}).items():
+        if f"{path}.".startswith(prefix) and version != {"version": 1}:
+            found[f"{path[len(prefix) :]} (metadata)".lstrip()] = version
+    return {name: _content(value) for name, value in (found | told).items()}
+
+
+def _storage(value: Any) -> tuple[int, torch.device] | None:
+    """Where a plain tensor's memory is."""
+    if type(value) in (Tensor, nn.Parameter):
+        with suppress(RuntimeError, NotImplementedError):
+            return value.untyped_storage().data_ptr(), value.device
+    return None
+
+
+def _is_held(
+    value: object, name: str, named: Mapping[str, Tensor], memory: Collection[tuple[int, torch.device]]
+) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    place = _storage(value)
+    if place is None:
+        # Parts of sharded parameters, sparse ones.
+        return name in named and type(value) in (type(named[name]), type(named[name].detach()))
+    if place in memory:
+        return True
+    if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return False
+    with suppress(RuntimeError, NotImplementedError):
+        return any(
+            one.shape == value.shape and torch.equal(one.detach().to(value), value.detach()) for one in named.values()
+        )
+    return False
+
+
+def _content(value: object) -> str | None:
+    found, kinds = pytree.tree_flatten(value)
+    told = hashlib.blake2b(repr(kinds).encode(), digest_size=16)
+    try:
+        for one in found:
+            told.update(str(bits_of(one)).encode() if isinstance(one, Tensor) else pickle.dumps(one))
+    except Exception:
+        return None
+    return told.hexdigest()

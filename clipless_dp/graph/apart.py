@@ -9,7 +9,7 @@ layer's own graph on the way back. All else that comes to the beginning of that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -23,6 +23,9 @@ from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
+
+_Sealing = Callable[[Tensor], Callable[[], None]]
+"""Lets later hooks on a tensor look and not change; returns what a backward pass calls before it gets there."""
 
 
 def is_known(module: nn.Module) -> bool:
@@ -52,7 +55,10 @@ def _origin(function: Any) -> str | None:
 
 
 def set_apart_(
-    graph: fx.GraphModule, wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+    graph: fx.GraphModule,
+    wanted: Callable[[], bool],
+    resting: Callable[[], AbstractContextManager[None]],
+    sealing: _Sealing,
 ) -> bool:
     """Lets a traced graph, not the network that it shares its layers with, run layers of a user's own apart.
 
@@ -61,6 +67,8 @@ def set_apart_(
         wanted: asked at each pass whether they are to run apart.
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
+        sealing: called with what such a layer was given and has returned, which it may keep: lets hooks that these are
+            given later look and not change, and returns what a backward pass calls before it gets there.
 
     Returns:
         Whether there are such layers, or functions.
@@ -81,10 +89,10 @@ def set_apart_(
                         f"the layer {within!r} is used outside of {node.target!r} too, which runs apart from the "
                         "network's graph: gate the whole network at once, or give either place a layer of its own"
                     )
-                setattr(graph.get_submodule(above), name, Apart(leaf, wanted, resting))
+                setattr(graph.get_submodule(above), name, Apart(leaf, wanted, resting, sealing))
                 found = True
         elif node.op == "call_function" and not _is_known(_origin(node.target)) and find_function_rule(node.target):
-            node.target = _apart(node.target, wanted, resting)
+            node.target = _apart(node.target, wanted, resting, sealing)
             found = is_rewritten = True
     if is_rewritten:
         # Layers are found by their names; functions are in what was compiled.
@@ -107,18 +115,24 @@ class Apart(nn.Module):
         layer: the layer.
         wanted: asked at each call whether it is to run apart.
         resting: see :func:`set_apart_`.
+        sealing: see :func:`set_apart_`.
 
     Shape:
         As the layer's.
     """
 
     def __init__(
-        self, layer: nn.Module, wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+        self,
+        layer: nn.Module,
+        wanted: Callable[[], bool],
+        resting: Callable[[], AbstractContextManager[None]],
+        sealing: _Sealing,
     ) -> None:
         super().__init__()
         self.layer = layer
         self._wanted = wanted
         self._resting = resting
+        self._sealing = sealing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's value; in a compiled graph the layer itself."""
@@ -126,11 +140,14 @@ class Apart(nn.Module):
             return self.layer(*args, **kwargs)
         if not self._wanted():
             return _on_copies(self.layer, args, kwargs)
-        return _run_apart(self.layer, self.layer, self._resting, args, kwargs)
+        return _run_apart(self.layer, self.layer, self._resting, self._sealing, args, kwargs)
 
 
 def _apart(
-    function: Callable[..., Any], wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+    function: Callable[..., Any],
+    wanted: Callable[[], bool],
+    resting: Callable[[], AbstractContextManager[None]],
+    sealing: _Sealing,
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +155,7 @@ def _apart(
             return function(*args, **kwargs)
         if not wanted():
             return _on_copies(function, args, kwargs)
-        return _run_apart(function, None, resting, args, kwargs)
+        return _run_apart(function, None, resting, sealing, args, kwargs)
 
     # Rules are found by it.
     run.stands_for = function  # type: ignore[attr-defined]
@@ -155,6 +172,7 @@ def _run_apart(
     call: Callable[..., Any],
     layer: nn.Module | None,
     resting: Callable[[], AbstractContextManager[None]],
+    sealing: _Sealing,
     args: Any,
     kwargs: Any,
 ) -> Any:
@@ -179,7 +197,7 @@ def _run_apart(
         returned[:] = [flat, spec]
         return [value for value in flat if isinstance(value, Tensor)]
 
-    outputs = iter(_Apart.apply(run, layer, len(inputs), *inputs, *parameters))  # type: ignore[no-untyped-call]
+    outputs = iter(_Apart.apply(run, layer, sealing, len(inputs), *inputs, *parameters))  # type: ignore[no-untyped-call]
     flat, spec = returned
     return pytree.tree_unflatten([next(outputs) if isinstance(value, Tensor) else value for value in flat], spec)
 
@@ -215,9 +233,11 @@ class _Visit:
 
     Attributes:
         task: the backward pass through the layer's own graph that the model's graph asked for.
+        closing: called there before anything comes back to what the layer has returned.
     """
 
     task: int | None = None
+    closing: Iterable[Callable[[], None]] = ()
 
 
 class _Apart(torch.autograd.Function):
@@ -228,6 +248,7 @@ class _Apart(torch.autograd.Function):
         ctx: Any,
         run: Callable[[tuple[Tensor, ...]], list[Tensor]],
         layer: nn.Module | None,
+        sealing: _Sealing,
         count: int,
         *values: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -240,6 +261,8 @@ class _Apart(torch.autograd.Function):
             outputs = run(inner)
             tracked = [index for index, value in enumerate(outputs) if value.requires_grad]
             ends = [outputs[index] for index in tracked]
+            open_to_hooks = {id(value): value for value in (*ends, *inner[:count]) if value.requires_grad}
+            visit.closing = [sealing(value) for value in open_to_hooks.values()]
             sealed = _Seal.apply(visit, *ends) if ends else ()  # type: ignore[no-untyped-call]
         edge = torch.autograd.graph.get_gradient_edge
         # Edges, not tensors: what is not needed for the way back is freed.
@@ -269,7 +292,7 @@ class _Apart(torch.autograd.Function):
                     allow_unused=True,
                 )
             for (index, _), gradient in zip(leaves, found, strict=True):
-                gradients[3 + index] = gradient
+                gradients[4 + index] = gradient
         return tuple(gradients)
 
 
@@ -285,6 +308,8 @@ class _Seal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.visit.task = torch._C._current_graph_task_id()
+        for close in ctx.visit.closing:
+            close()
         return None, *cotangents
 
 

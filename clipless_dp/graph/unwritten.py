@@ -28,12 +28,16 @@ def _kind(part: nn.Module) -> type[nn.Module]:
     return type(part).__mro__[1] if parametrize.is_parametrized(part) else kind_of(part)
 
 
-def _held(net: nn.Module) -> list[_Place]:
+_Modules = list[tuple[str, nn.Module]]
+"""Those of a network, and what they are called, as ``named_modules()`` yields them."""
+
+
+def _held(modules: _Modules) -> list[_Place]:
     """Where buffers are; but for what torch's parametrisations derive of weights, and what isolation looks after."""
-    apart = [f"{path}." if path else "" for path, part in net.named_modules() if isinstance(part, Isolated)]
+    apart = [f"{path}." if path else "" for path, part in modules if isinstance(part, Isolated)]
     return [
         (f"{path}.{name}".lstrip("."), part._buffers, name, name not in part._non_persistent_buffers_set)
-        for path, part in net.named_modules()
+        for path, part in modules
         if not (isinstance(part, Isolated) or _kind(part).__module__.startswith("torch.nn.utils.parametrizations"))
         for name in part._buffers
         # What a network that runs sample by sample keeps for its next call is refused there.
@@ -41,12 +45,12 @@ def _held(net: nn.Module) -> list[_Place]:
     ]
 
 
-def _parameters(net: nn.Module, own: Iterable[nn.Module] | None = None) -> list[_Place]:
+def _parameters(modules: _Modules, own: Iterable[nn.Module] | None = None) -> list[_Place]:
     """Where parameters are; or those that code of a user's own may write: all within such layers, and its modules'."""
     inside = None if own is None else {id(part) for layer in own for part in layer.modules()}
     return [
         (f"{path}.{name}".lstrip("."), part._parameters, name, True)
-        for path, part in net.named_modules()
+        for path, part in modules
         if inside is None
         or id(part) in inside
         or _kind(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
@@ -142,14 +146,16 @@ class _Kept:
 
 
 def _adds(part: nn.Module) -> bool:
-    """Whether code of a user's own adds something to its state beside parameters and buffers."""
+    """Whether code of a user's own adds something to its state beside parameters and buffers: a hook on any layer."""
+    if _is_hooked(part) or not _SAVING.isdisjoint(part.__dict__):
+        return True
     kind = _kind(part)
     if kind.__module__.partition(".")[0] in ("torch", "clipless_dp"):
         return False
-    return _is_hooked(part) or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _SAVING)
+    return any(getattr(kind, name) is not getattr(nn.Module, name) for name in _SAVING)
 
 
-_SAVING = ("get_extra_state", "_save_to_state_dict", "state_dict")
+_SAVING = frozenset({"get_extra_state", "_save_to_state_dict", "state_dict"})
 
 
 def _is_hooked(part: nn.Module) -> bool:
@@ -166,7 +172,7 @@ class _Added:
     """
 
     def __init__(self, path: str, part: nn.Module) -> None:
-        self.path, self._part = path or type(part).__name__, part
+        self.path, self.part = path or type(part).__name__, part
         self._values, self._kinds = self._now()
         self._values = [value.clone() if isinstance(value, Tensor) else value for value in self._values]
 
@@ -174,17 +180,17 @@ class _Added:
         """Tensors, and bytes of all else, and how these lie in one another."""
         state: dict[str, Any] = {}
         try:
-            if _is_hooked(self._part) or type(self._part).state_dict is not nn.Module.state_dict:
-                state = {**self._part.state_dict()}
+            if _is_hooked(self.part) or getattr(self.part.state_dict, "__func__", None) is not nn.Module.state_dict:
+                state = {**self.part.state_dict()}
             else:
-                self._part._save_to_state_dict(state, "", False)
+                self.part._save_to_state_dict(state, "", False)
         except Exception as error:
             raise PrivacyError(
                 f"the state of {self.path!r} cannot be had, so that nothing tells whether files would hold what "
                 f"follows from samples: let its state_dict() and get_extra_state() work, before passes and in them: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        held = self._part._parameters.keys() | self._part._buffers.keys()
+        held = self.part._parameters.keys() | self.part._buffers.keys()
         found, kinds = pytree.tree_flatten({name: value for name, value in state.items() if name not in held})
         try:
             return [one.detach() if isinstance(one, Tensor) else pickle.dumps(one) for one in found], kinds
@@ -211,7 +217,7 @@ class _Added:
         state = pytree.tree_unflatten(values, self._kinds)
         if "_extra_state" in state:
             with suppress(Exception):
-                self._part.set_extra_state(state["_extra_state"])
+                self.part.set_extra_state(state["_extra_state"])
 
 
 class _Before:
@@ -223,11 +229,12 @@ class _Before:
     """
 
     def __init__(self, net: nn.Module, own: Iterable[nn.Module]) -> None:
-        there = [*_held(net), *_parameters(net, own)]
-        self._net = net
-        self._known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
+        modules = list(net.named_modules())
+        there = [*_held(modules), *_parameters(modules, own)]
+        self._net, self._modules = net, modules
+        self._known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(modules))}
         self._kept = [(place, _Kept(place[1][place[2]])) for place in there]
-        self._added = [_Added(path, part) for path, part in net.named_modules() if _adds(part)]
+        self._added = [_Added(path, part) for path, part in modules if _adds(part)]
         self.added: dict[str, bool] = {}
         self.written: dict[str, None] = {}
         self.taken_back: dict[str, None] = {}
@@ -248,16 +255,41 @@ class _Before:
                 continue
             self.written[path] = None
             where[name] = kept.restored()
-        for path, where, name, saved in (*_held(self._net), *_parameters(self._net)):
+        modules = list(self._net.named_modules())
+        for path, where, name, saved in (*_held(modules), *_parameters(modules)):
             if (id(where), name) not in self._known:
                 self.written.update({path: None} if saved else {})
                 # Made by this pass; as a mask of the inputs' shape is, anew each time.
                 del where[name]
+        self._leave_out(modules)
         for one in self._added:
             if not one.is_there():
                 one.restore()
                 self.added[one.path] = one.is_there()
         self.is_settled = True
+
+    def _leave_out(self, modules: _Modules) -> None:
+        """Takes layers out that this pass has made, where these add something to the state."""
+        known = {id(one.part) for one in self._added}
+        adding = {
+            id(part): path or type(part).__name__ for path, part in modules if id(part) not in known and _adds(part)
+        }
+        if not adding:
+            return
+        former, there = dict(self._modules), {id(part) for _, part in self._modules}
+        # What was there, and was given a hook, say, stays.
+        self.added.update({path: part not in there for part, path in adding.items()})
+        for path, part in [*self._net.named_modules(remove_duplicate=False)]:
+            if id(part) not in adding or id(part) in there:
+                continue
+            above, _, name = path.rpartition(".")
+            with suppress(AttributeError):
+                # Of one within another that is gone there is nothing to be taken out.
+                holding = self._net.get_submodule(above)._modules
+                if path in former:
+                    holding[name] = former[path]
+                else:
+                    del holding[name]
 
 
 _unsettled: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()

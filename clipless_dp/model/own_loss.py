@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils.hooks import unserializable_hook
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
@@ -156,6 +156,28 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     return copy
 
 
+def sealed(value: Tensor, drop: Callable[[], None]) -> Callable[[], None]:
+    """Lets hooks that a tensor is given from now on look at what comes back to it, and not change it.
+
+    Args:
+        value: the tensor; hooks that it has are its layer's own, of which the rule is.
+        drop: drops the gradients, where later ones change something.
+
+    Returns:
+        To be called in a backward pass before what comes back gets there.
+    """
+    known = len(value._backward_hooks or ()) + 1
+    behind = _comparing(value, drop, known)
+    hooks: Any = ref(value._backward_hooks)
+
+    def close() -> None:
+        now = hooks()
+        if now is not None and len(now) > known:
+            now[RemovableHandle(now).id] = behind
+
+    return close
+
+
 def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     """Lets what comes back to a tensor be compared before its hooks and behind them."""
     behind = _comparing(output, drop)
@@ -167,25 +189,34 @@ def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     output.register_hook(behind)
 
 
-def _comparing(hooked: Tensor, drop: Callable[[], None]) -> Callable[[Tensor], None]:
-    """A hook that refuses what is not as it came to a tensor, which a first one, put there, notes."""
-    came: list[tuple[Tensor, int, object]] = []
+def _comparing(hooked: Tensor, drop: Callable[[], None], unless: int = 0) -> Callable[[Tensor | None], None]:
+    """A hook that refuses what is not as it came to a tensor, which a first one, put there, notes.
 
-    def ahead(cotangent: Tensor) -> None:
+    Args:
+        hooked: the tensor.
+        drop: drops the gradients, where it is not.
+        unless: nothing is noted where there are so few hooks.
+    """
+    came: list[tuple[Tensor | None, int, object]] = []
+
+    def ahead(cotangent: Tensor | None) -> None:
         others = hooks()
+        if others is not None and len(others) <= unless:
+            return
         # Where there is no other one, nobody is given what could be written to.
-        looked_at = None if others is not None and len(others) == 1 else _numbers(cotangent)
-        came[:] = [(cotangent, cotangent._version, looked_at)]
+        alone = others is not None and len(others) == 1
+        looked_at = None if alone or cotangent is None else _numbers(cotangent)
+        came[:] = [(cotangent, 0 if cotangent is None else cotangent._version, looked_at)]
 
-    def behind(cotangent: Tensor) -> None:
+    def behind(cotangent: Tensor | None) -> None:
         known = came.pop() if came else None
         if known is not None and _changed(*known, cotangent):
             drop()
             raise PrivacyError(
-                "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a "
-                "number that follows from the batch it would put one sample into the gradients of all others. "
-                "Hooks may look, not change; what a row is to count for belongs into the loss. The gradients are "
-                "dropped; nothing was released"
+                "a hook on an output of the model, on a value that a layer has kept, or on what model.loss was given, "
+                "has changed what comes back: by a number that follows from the batch it would put one sample into the "
+                "gradients of all others. Hooks may look, not change; what a row is to count for belongs into the "
+                "loss. The gradients are dropped; nothing was released"
             )
 
     # Who saves an output is not warned of them.
@@ -203,7 +234,10 @@ def _numbers(cotangent: Tensor) -> object:
     return fingerprints.fingerprint(cotangent)
 
 
-def _changed(before: Tensor, version: int, numbers: object, now: Tensor) -> bool:
+def _changed(before: Tensor | None, version: int, numbers: object, now: Tensor | None) -> bool:
+    if before is None or now is None:
+        # Nothing comes this way, where something else came back that is refused.
+        return now is not before
     if before._version != version or before.shape != now.shape:
         return True
     if numbers is not None and _numbers(before) != numbers:

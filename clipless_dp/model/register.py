@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
+from clipless_dp.model.arriving import CHANGED, Arriving
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted, is_coded
 from clipless_dp.model.owed import Owed, for_all
@@ -82,6 +83,7 @@ class Register:
         self._handles: list[Any] = []
         self._pending: list[Pass] = []
         self._awaited: set[int] = set()
+        self._arriving = Arriving()
         self._engine_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
@@ -285,11 +287,7 @@ class Register:
         self.enter(entering, norms)
         self._note_computed(entering)
         self._pending.append(entering)
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._added_by_engine)
-            for parameter in self.parameters
-            if parameter.requires_grad
-        ]
+        self._handles = self._arriving.hooks(self.parameters, self._added_by_engine, self.sharded)
 
     @uncompiled
     def _added_by_engine(self, parameter: Tensor) -> None:
@@ -301,6 +299,7 @@ class Register:
         self._filled.add(id(held))
         if self.noted.was_added_to(held):
             self.noted.note(held)
+            self._taint = CHANGED if self._arriving.was_changed(held) else self._taint
 
     def _unhook(self) -> None:
         for handle in self._handles:

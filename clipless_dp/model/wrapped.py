@@ -37,11 +37,11 @@ from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.layers.coordinates import Slopes
 from clipless_dp.losses import Loss
-from clipless_dp.model import checks, description, exported, lineage, passes
+from clipless_dp.model import checks, description, exported, lineage, passes, saved
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
-from clipless_dp.model.own_loss import Between, Own, guarded
+from clipless_dp.model.own_loss import Between, Own, guarded, sealed
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -146,6 +146,21 @@ class DPLipModel(Unscripted, nn.Module):
             rescaled(net, self._traced, self._tracker.operators, self._constraints, self.input_shape)
         self._weights.initialise_()
         self.settle_()
+        self._beside = saved.first(self, net)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As of any module: parameters and buffers of the network under ``net.``, and what layers add.
+
+        Warns, with a :class:`PrivacyWarning`, of what it holds beside (``get_extra_state``, hooks) and did not hold
+        when the network was wrapped: nothing says whether that is of samples. ``model.net.state_dict()`` does not ask.
+        """
+        # As torch takes them, in order too.
+        given: list[Any] = [*args, *[destination, prefix, keep_vars][len(args) :]]
+        destination, prefix, keep_vars = given
+        there = frozenset(destination or ())
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        saved.warn_of_others(self.net, self._beside, state, prefix, there)
+        return state
 
     def _count_(self) -> None:
         """Gives gates whose caps adapt what they leave their counts in."""
@@ -162,7 +177,9 @@ class DPLipModel(Unscripted, nn.Module):
         checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        self._has_own_layers = set_apart_(traced.module, passes.is_witnessed, self.register.resting)
+        self._has_own_layers = set_apart_(
+            traced.module, passes.is_witnessed, self.register.resting, partial(sealed, drop=self.register.drop)
+        )
         self._traced: TracedNet = traced
         self._counted = {
             f"layers.{name}.{count}"
@@ -835,6 +852,7 @@ class DPLipModel(Unscripted, nn.Module):
         self.__dict__.setdefault("_factors", Factors())
         self.__dict__.setdefault("_between", Between())
         self.__dict__.setdefault("_packing", None)
+        self.__dict__.setdefault("_beside", {})
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._count_()
         self.register = Register(self, self.net)

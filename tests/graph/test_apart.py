@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -627,3 +627,68 @@ def test_functions_run_on_copies_in_the_graph_that_is_not_fused_too() -> None:
         model.graph.module(torch.ones(2, 8))
     assert len(STORE) == 1
     assert all(STORE[0].data_ptr() != value.data_ptr() for value in seen)
+
+
+class HooksItself(InAttribute):
+    """Its rule is of what its own hook makes of cotangents."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        made = super().forward(values)
+        if made.requires_grad:
+            made.register_hook(lambda cotangent: 0.5 * cotangent)
+        self.__dict__["kept"] = made
+        return made
+
+
+register_rule(HooksItself)(_own_rule)
+
+HOOKS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "scales": lambda cotangent: 100.0 * cotangent,
+    "scales in place": lambda cotangent: [cotangent.mul_(100.0), None][1],
+    "scales beneath the counter": lambda cotangent: [cotangent.data.mul_(100.0), None][1],
+    "normalises": lambda cotangent: cotangent / cotangent.norm(),
+}
+LOOKS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "looks": lambda cotangent: None,
+    "copies": lambda cotangent: cotangent.clone(),
+}
+KEPT = {
+    "an input": lambda: net_of(InAttribute()),
+    "an output with hooks": lambda: net_of(HooksItself()),
+    "what an object returns": ByObject,
+    "what a function was given": Branches,
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_hook_of_the_loop_on_what_a_layer_keeps_changes_nothing(kept: str, hook: str, dead: bool) -> None:
+    model = model_of(KEPT[kept]())
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    last_kept(model).register_hook(HOOKS[hook])
+    if dead:
+        STORE.clear()
+        vars(model.net[1] if isinstance(model.net, nn.Sequential) else model.net).pop("kept", None)
+    with pytest.raises(PrivacyError, match="a layer has kept"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("hook", [*LOOKS, "retains"])
+def test_it_may_look_and_layers_may_have_hooks_of_their_own(kept: str, hook: str) -> None:
+    gradients = []
+    for hooked in (False, True):
+        torch.manual_seed(1)
+        model = model_of(KEPT[kept]())
+        inputs, targets = data()
+        loss = model.loss(model(inputs), targets)
+        if hooked and hook == "retains":
+            last_kept(model).retain_grad()
+        elif hooked:
+            last_kept(model).register_hook(LOOKS[hook])
+        loss.backward()
+        gradients.append([cast(Tensor, parameter.grad) for parameter in model.net.parameters()])
+    assert all(map(torch.equal, *gradients))

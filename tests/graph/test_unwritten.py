@@ -489,3 +489,122 @@ def test_rows_that_a_layer_adds_to_its_state_by_hooks_are_refused(way: str) -> N
     model = DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0))
     with pytest.raises(PrivacyError, match="adds to its state"):
         model(ROWS)
+
+
+class _Keeping(nn.Module):
+    """Keeps a row, which others may write into the state; or makes a layer that does."""
+
+    made: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(0)
+        self.first = _Extra(torch.zeros(2))
+        self.listed = nn.ModuleDict()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.kept = inputs[0].detach().clone()
+        if self.made == "in place of one":
+            self.first = _Extra(self.kept)
+        elif self.made == "beside":
+            self.other = _Extra(self.kept)
+        elif self.made == "within":
+            self.listed["deep"] = nn.Sequential(_Extra(self.kept))
+        elif self.made == "a hook":
+            self.first.register_state_dict_post_hook(lambda *_: None)
+        return inputs * 1.0
+
+
+class _Extra(nn.Module):
+    def __init__(self, told: Tensor) -> None:
+        super().__init__()
+        self.told = told
+
+    def get_extra_state(self) -> Any:
+        return self.told
+
+    def set_extra_state(self, state: Any) -> None:
+        self.told = state
+
+
+@register_rule(_Keeping)
+def _keeping_rule(module: _Keeping, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
+
+
+def keeping_model() -> tuple[DPLipModel, _Keeping]:
+    net = nn.Sequential(nn.Linear(6, 6), own := _Keeping(), nn.Linear(6, 3))
+    return DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0)), own
+
+
+def _saving(layer: _Keeping, module: nn.Module, way: str) -> None:
+    def add(_: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        state[f"{prefix}rows"] = layer.kept
+
+    if way == "a hook":
+        module.register_state_dict_post_hook(add)
+    elif way == "its own _save_to_state_dict":
+        vars(module)["_save_to_state_dict"] = lambda state, prefix, keep_vars: add(None, state, prefix, None)
+    else:
+
+        def state_dict(*, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+            found = {} if destination is None else destination
+            add(None, found, prefix, None)
+            return found
+
+        vars(module)["state_dict"] = state_dict
+
+
+@pytest.mark.parametrize("place", ["the network", "a layer of torch's", "the layer"])
+@pytest.mark.parametrize("way", ["a hook", "its own _save_to_state_dict", "its own state_dict"])
+def test_rows_that_an_instance_of_any_kind_adds_to_the_state_are_refused(place: str, way: str) -> None:
+    model, own = keeping_model()
+    model(ROWS)
+    _saving(own, {"the network": model.net, "a layer of torch's": model.net[0], "the layer": own}[place], way)
+    own.kept = torch.zeros(0)
+    with pytest.raises(PrivacyError, match="adds to its state"):
+        model(ROWS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("made", ["in place of one", "beside", "within"])
+def test_layers_that_a_pass_makes_to_save_rows_are_refused_and_taken_out(
+    made: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own = keeping_model()
+    first, children = own.first, [*own._modules]
+    monkeypatch.setattr(_Keeping, "made", made)
+    with torch.set_grad_enabled(training):
+        with pytest.raises(PrivacyError, match="It is as it was"):
+            model(ROWS)
+        assert own.first is first
+        assert [*own._modules] == children
+        assert not any(isinstance(part, _Extra) for part in own.listed.modules())
+        with pytest.raises(PrivacyError, match="It is as it was"):
+            model(ROWS)
+    # What tracing has made of made-up rows may be there.
+    told = [part.told for part in model.net.modules() if isinstance(part, _Extra)]
+    assert not any(torch.equal(one, own.kept) for one in told)
+
+
+def test_a_hook_that_a_pass_gives_a_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = keeping_model()
+    monkeypatch.delattr(_Extra, "get_extra_state")
+    monkeypatch.setattr(_Keeping, "made", "a hook")
+    with pytest.raises(PrivacyError, match="throw the layer away"):
+        model(ROWS)
+    assert own.first in model.net.modules()
+
+
+def test_hooks_that_rename_or_cast_are_no_reason_to_refuse_a_pass() -> None:
+    model, own = keeping_model()
+
+    def hook(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        for name in [*state]:
+            value = state.pop(name)
+            state[f"renamed.{name}"] = value.half() if isinstance(value, Tensor) else value
+
+    for module in (model.net, model.net[0], own):
+        module.register_state_dict_post_hook(hook)
+    for _ in range(2):
+        model.loss(model(ROWS), TARGETS).backward()

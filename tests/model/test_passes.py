@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -1684,6 +1685,57 @@ def test_a_compiled_pass_is_back_propagated_once_at_first_order() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyError, match="adds both terms"):
         loss.backward()
+    torch._dynamo.reset()
+
+
+NODE_HOOKS: dict[str, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...] | None]] = {
+    "scales": lambda arrived: tuple(100.0 * one for one in arrived),
+    "scales in place": lambda arrived: [[one.mul_(100.0) for one in arrived], None][1],
+    "looks": lambda arrived: None,
+}
+
+
+@pytest.mark.parametrize("hook", NODE_HOOKS)
+@pytest.mark.parametrize("before", [True, False])
+def test_compiled_passes_fill_what_arrives_whatever_hooks_the_filling_nodes_have(hook: str, before: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    nodes: list[Any] = []
+
+    def put() -> None:
+        for parameter in model.net.parameters():
+            nodes.append(torch.autograd.graph.get_gradient_edge(parameter).node)
+            nodes[-1].register_prehook(NODE_HOOKS[hook])
+
+    if before:
+        put()
+    for batch in PoissonBatches(data(), sample_rate=RATE, steps=1):
+        loss = model.loss(compiled(batch.inputs), batch.targets, batch.mask)
+        if not before:
+            put()
+        loss.backward()
+        if hook == "looks":
+            optimizer.step()
+        else:
+            refused(optimizer, "register_prehook")
+    torch._dynamo.reset()
+
+
+def test_gradients_that_arrive_in_another_order_of_memory_are_filled_in_compiled_passes() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        net[0].weight.set_(torch.randn(6, 5).t())
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = sgd(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for batch in PoissonBatches(data(), sample_rate=RATE, steps=2):
+        model.loss(compiled(batch.inputs), batch.targets, batch.mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
     torch._dynamo.reset()
 
 
