@@ -196,6 +196,7 @@ def test_an_architecture_trains_from_the_command_line(network, images, capsys):
     assert "test accuracy" in printed
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program():
     command = [sys.executable, "-m", "clipless_dp", "train", "--dataset", "digits", "--epsilon", "3"]
     command += ["--delta", "1e-4", "--epochs", "1", "--batch-size", "256"]

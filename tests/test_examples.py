@@ -147,6 +147,7 @@ def test_the_table_example_of_people_keeps_to_its_epsilon_and_says_what_was_publ
     assert "city of 4 categories" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatch, capsys):
     statement = tmp_path / "statement"
     arguments = ["--epochs", "40", "--statement", str(statement)]
@@ -159,6 +160,7 @@ def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatc
     assert "## Robustness" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_explanations_example_prints_distances_above_what_is_certified(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "explanations.png"

@@ -55,6 +55,7 @@ def require_nothing_uncounted(seen, kills):
     assert seen["final"] == 72
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_it_had_not_been_killed(tmp_path):
     seen = killed(tmp_path, "--kills", 2)
     require_nothing_uncounted(seen, 2)

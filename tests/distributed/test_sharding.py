@@ -211,6 +211,7 @@ def trained_in_all_ways():
     return {way: trained(*way) for way in WAYS}
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_parts_train_as_one_process_that_holds_all(ranks):
     first, second = succeeded(ranks.run(trained_in_all_ways))
     alone = {net: trained(net, None) for net in nets()}
@@ -236,6 +237,7 @@ def trained_by_mutants():
     return {mutant: trained(*mutant)[0] for mutant in MUTANTS}
 
 
+@pytest.mark.slow
 def test_means_over_the_ranks_and_projections_of_parts_would_show(ranks):
     alone = {net: trained(net, None)[0] for net, *_ in MUTANTS}
     for wrong in succeeded(ranks.run(trained_by_mutants)):

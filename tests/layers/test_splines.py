@@ -227,7 +227,7 @@ def test_after_private_steps_slopes_are_within_the_limit_and_neighbours_joined()
     Mutant(
         "noise added after the proximal step",
         optim.CliplessDPOptimizer,
-        "step",
+        "_step",
         "self.base_optimizer.step()\n            self.model.project_()",
         "self.model.project_()\n                self.base_optimizer.step()",
     ),

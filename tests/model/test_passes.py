@@ -1788,6 +1788,7 @@ def test_a_compiled_pass_counts_once_it_has_come_to_all_parameters(compiled) -> 
     assert optimizer.accountant.history == [(1.0, RATE, 2)]
 
 
+@pytest.mark.slow
 def test_equal_passes_of_a_compiled_graph_are_not_merged() -> None:
     """Eight rewards of one batch have the same numbers, and would be one pass with eight times the gradient."""
     model = model_of()

@@ -70,6 +70,7 @@ def test_steps_runs_copies_and_processes_draw_independent_noise():
     assert not uncorrelated(first, first)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_draws_other_noise():
     assert all(theirs != ours for theirs, ours in noise_on_both_sides_of_a_fork("SecureNoise"))

@@ -365,6 +365,7 @@ def test_indices_that_are_changed_between_sampler_and_loader_are_refused(change,
         charged(loader(Between(change), workers))
 
 
+@pytest.mark.slow
 def test_a_draw_whose_indices_a_copy_exchanges_amplifies_no_step_behind_a_worker():
     with pytest.warns(UserWarning, match="Poisson"):
         assert charged(loader(Between(exchanged_in_a_copy), 1)) == [(0.5, 1.0, 3)]

@@ -276,6 +276,7 @@ def test_the_toolkit_needs_no_test_framework() -> None:
             assert not any(re.match("pytest|unittest|hypothesis", name) for name in names), path
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_extending_runs_and_its_test_case_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_RULES", dict(base._RULES))
     monkeypatch.setattr(base, "_FUNCTION_RULES", dict(base._FUNCTION_RULES))
