@@ -36,6 +36,7 @@ def test_the_demo_prints_accuracy_what_was_spent_and_the_checkpoint(tmp_path, mo
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_the_loop_of_ones_own_learns(monkeypatch, capsys):
     printed = run("examples/own_loop.py", monkeypatch=monkeypatch, capsys=capsys)
     # Chance is 10 %.
@@ -136,6 +137,7 @@ def test_the_table_example_prints_the_area_and_the_ledger(tmp_path, monkeypatch,
     assert "gaussian release" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_table_example_of_people_keeps_to_its_epsilon_and_says_what_was_public(tmp_path, monkeypatch, capsys):
     statement = tmp_path / "statement"
     arguments = ["--people", "--epsilon", "1", "--statement", str(statement)]

@@ -820,6 +820,7 @@ def table_drop(trained: TableModel, signs: tuple[int, ...], scales: tuple[float,
     return float(torch.cat(drops).max())
 
 
+@pytest.mark.slow
 def test_a_table_is_monotone_in_raw_columns_whatever_its_data_say_and_stays_so_in_a_file(tmp_path: Any) -> None:
     rows, labels = rows_and_labels()
     trained = fit_table(rows, labels, monotone={0: 1, 1: 1}, **BUDGET)

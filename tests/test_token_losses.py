@@ -368,6 +368,7 @@ def test_a_language_model_learns_privately_what_comes_next_and_evaluate_says_so(
     assert result.history[-1].accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_gradients_of_the_plain_one_and_drops_the_same_samples() -> None:
     inputs, target = counting(8)
     target[1, 2], target[3] = -7, -100

@@ -319,6 +319,7 @@ def test_a_copy_of_lower_precision_is_refused_whether_its_size_was_given_or_not(
         assert "stays with the data, since it is private" in said
 
 
+@pytest.mark.slow
 def test_what_was_held_out_is_no_part_of_what_is_released(arrays, tmp_path, capsys):
     """Two models of one seed, whose held-out rows differ, are one file."""
     with np.load(arrays) as found:

@@ -47,6 +47,7 @@ def _counts(cases: list[Any]) -> list[Any]:
     return [cost.count(*case) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", cost.ROUTES)
 @pytest.mark.parametrize("layout", cost.LAYOUTS)
 def test_ranks_send_and_draw_what_the_formulas_say(ranks: Ranks, route: str, layout: str) -> None:

@@ -67,6 +67,8 @@ ELSEWHERE = {
     "docs/integrations.md": "tests/integrations/test_huggingface_trainer.py",
 }
 """Pages whose blocks run in a test that also looks at what they do."""
+LONG = {"docs/one-class.md", "docs/robustness.md", "docs/features.md", "docs/fine-tuning.md"}
+"""Pages that train for seconds."""
 WITH_CODE = [name for name, blocks in BLOCKS.items() if blocks and name not in ELSEWHERE]
 
 
@@ -80,7 +82,7 @@ def needs(*blocks: Block) -> None:
             pytest.importorskip(package)
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in WITH_CODE])
 def test_the_blocks_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

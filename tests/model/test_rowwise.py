@@ -413,6 +413,7 @@ def test_a_device_is_not_waited_for_between_looks(monkeypatch: pytest.MonkeyPatc
     assert model.row_losses._mapped
 
 
+@pytest.mark.slow
 def test_a_mapped_loss_compiles_as_one_graph() -> None:
     model = model_with(HONEST["bce"])
     inputs, targets = data()

@@ -97,6 +97,7 @@ def trained_in_parts(kind: str | None, mutant: str = "") -> torch.Tensor:
     return weights(model)
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_parts_average_people_as_one_process_does(ranks: Ranks) -> None:
     alone = trained_in_parts(None)
     for found in ranks.run(trained_in_parts, "layers"):

@@ -696,6 +696,7 @@ def test_labels_that_are_new_in_a_later_batch_are_refused_in_each_that_has_one()
         own([data[0], data[1]])
 
 
+@pytest.mark.slow
 def test_a_large_state_is_compared_in_the_first_batch_and_in_some(monkeypatch: pytest.MonkeyPatch) -> None:
     data = samples()
     ids = {-index: 0 for index in range(20_000)}

@@ -236,6 +236,7 @@ def test_samples_that_are_not_pairs_of_one_shape_are_refused_in_words(data):
         as_tensors(data)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_fork_within_a_samplers_loop_leaves_two_processes_that_draw_other_batches():
     """The announcing iterator and the batches of tensors draw from the same generator."""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 @cases
 class TestEveryRule(OneCase):
     # The slow adversary below climbs sixty.
-    steps = 1
+    steps = 3
 
 
 @pytest.mark.slow

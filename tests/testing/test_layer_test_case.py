@@ -70,12 +70,14 @@ def checks(case: LipschitzLayerTestCase) -> Iterator[Callable[[], None]]:
     return (getattr(case, name) for name in dir(case) if name.startswith("test_"))
 
 
+@pytest.mark.slow
 def test_a_right_layer_passes_every_check_on_vectors_and_on_maps() -> None:
     for case in (case_of(attained={"weight": 0.7}), case_of(shape=(2, 3, 4))):
         for check in checks(case):
             check()
 
 
+@pytest.mark.slow
 def test_the_class_runs_under_unittest_too() -> None:
     right = case_of()
     kind = type("TestUnderUnittest", (type(right), unittest.TestCase), {})

@@ -158,6 +158,7 @@ def test_views_of_a_split_draw_fit_the_budget_and_are_accounted_once() -> None:
     assert result.optimizer.accountant.history == [(result.noise_multiplier, 0.3, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
 def test_a_compiled_split_run_equals_an_eager_one_and_compiles_once() -> None:
     trained = []
