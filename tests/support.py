@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,37 @@ def one_in_two(values: Iterable[Any]) -> list[Any]:
 def with_each_of(names: str, table: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
     """Runs a test with each entry of a table as these arguments, under its key."""
     return pytest.mark.parametrize(names, [*table.values()], ids=[*table])
+
+
+def run_in_threads(call: Callable[..., None], arguments: Iterable[Sequence[Any]], *, patience: float = 60.0) -> None:
+    """Calls a function in a thread for each of some arguments, and fails with what the first one of them raises."""
+    failed: list[BaseException] = []
+
+    def run(*given: Any) -> None:
+        try:
+            call(*given)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=tuple(given), daemon=True) for given in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(patience)
+    assert not failed, failed
+    assert not any(thread.is_alive() for thread in threads)
+
+
+class HeldApart(Tensor):
+    """A tensor of a type that holds its values in another one, and computes with them by ``__torch_dispatch__``."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        made.held = held
+        return made
 
 
 every_copy = pytest.mark.parametrize(

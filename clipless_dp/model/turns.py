@@ -55,11 +55,11 @@ class _Holding(AbstractContextManager[None]):
         self._locks, self._patience, self._taken = locks, patience, 0
 
     def __enter__(self) -> None:
-        if not self.is_taken():
+        if not self.take():
             raise PrivacyError(f"a step of another thread took longer than {self._patience:g} s: {IN_STEP}")
 
-    def is_taken(self) -> bool:
-        """Whether all of them could be taken; else none is."""
+    def take(self) -> bool:
+        """Takes all of them, or none: returns whether they could be had."""
         for one in self._locks:
             if not one.lock.acquire(timeout=self._patience):
                 self.__exit__()
@@ -149,7 +149,7 @@ class Turns:
                 break
             try:
                 shared = _Holding(self._held, _PAUSE)
-                if shared.is_taken():
+                if shared.take():
                     try:
                         yield
                     finally:

@@ -216,6 +216,13 @@ def is_plain(optimizer: Optimizer) -> bool:
     )
 
 
+def _is_read_plainly(optimizer: Optimizer) -> bool:
+    """Whether no code of others runs where its state is asked for."""
+    own = vars(optimizer)
+    hooks = own.get("_optimizer_state_dict_pre_hooks") or own.get("_optimizer_state_dict_post_hooks")
+    return is_known(optimizer) and "state_dict" not in own and not hooks
+
+
 class Around(Optimizer):
     """Shares ``param_groups`` and ``state`` with the optimizer that it is around: schedulers work on it as on any.
 
@@ -323,7 +330,7 @@ class Around(Optimizer):
                 handle.remove()
 
     @contextmanager
-    def _base_is_called(self, net: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    def _base_is_called(self, net: nn.Module, parameters: Iterable[Tensor], *, reads: bool = False) -> Iterator[None]:
         """A call beside its step goes on to the other one, and what that leaves may be noted as private behind it.
 
         There are no gradients within, whoever has left some, and none are computed. Of the other calls, what is written
@@ -332,10 +339,16 @@ class Around(Optimizer):
         Args:
             net: the wrapped network.
             parameters: of the network.
+            reads: whether its state is asked for, as any thread may at any time.
 
         Raises:
             PrivacyError: it calls the network, or computes gradients.
         """
+        if reads and _is_read_plainly(self.base_optimizer):
+            # What is put in the way of others' code, passes of other threads would meet.
+            with torch.no_grad():
+                yield
+            return
         held = {id(one): one for one in parameters}
         for optimizer in nested(self.base_optimizer):
             held.update((id(one), one) for group in optimizer.param_groups for one in group["params"])

@@ -493,7 +493,7 @@ class CliplessDPOptimizer(Around):
         """
         self._refuse_within_step("state_dict()")
         with self.model.register.turns.resting():
-            with self._base_is_called(self.model, self.model.register.parameters):
+            with self._base_is_called(self.model, self.model.register.parameters, reads=True):
                 held = self.base_optimizer.state_dict()
             base = base_state.private_state(self.base_optimizer, held)
             return {

@@ -6,7 +6,7 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -300,12 +300,16 @@ class Telling(nn.Module):
 
 
 @register_rule(Telling)
-def _telling_rule(module: Telling, context: RuleContext) -> LayerBounds:
+def _same_norm_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
 
 
-def telling_model() -> tuple[DPLipModel, Telling]:
-    net = nn.Sequential(nn.Linear(6, 6), own := Telling(), nn.Linear(6, 3))
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def around(own: _Layer) -> tuple[DPLipModel, _Layer]:
+    """A model with a layer that returns what it is given, and the layer."""
+    net = nn.Sequential(nn.Linear(6, 6), own, nn.Linear(6, 3))
     return DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0)), own
 
 
@@ -315,7 +319,7 @@ def telling_model() -> tuple[DPLipModel, Telling]:
 def test_what_a_layer_adds_to_its_state_of_a_pass_is_refused(
     form: str, takes_back: bool, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, own = telling_model()
+    model, own = around(Telling())
     with torch.set_grad_enabled(training):
         for _ in range(2):
             model(ROWS)
@@ -349,14 +353,14 @@ def test_so_it_is_in_a_network_that_runs_sample_by_sample(monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_compared_in_a_state_is_refused_in_words() -> None:
-    model, own = telling_model()
+    model, own = around(Telling())
     own.held = lambda: None
     with pytest.raises(PrivacyError, match="cannot be pickled"):
         model(ROWS)
 
 
 def test_a_state_that_cannot_be_had_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, own = telling_model()
+    model, own = around(Telling())
 
     def broken(layer: nn.Module) -> object:
         raise ValueError("no state yet")
@@ -527,14 +531,7 @@ class _Extra(nn.Module):
         self.told = state
 
 
-@register_rule(_Keeping)
-def _keeping_rule(module: _Keeping, context: RuleContext) -> LayerBounds:
-    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
-
-
-def keeping_model() -> tuple[DPLipModel, _Keeping]:
-    net = nn.Sequential(nn.Linear(6, 6), own := _Keeping(), nn.Linear(6, 3))
-    return DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0)), own
+register_rule(_Keeping)(_same_norm_rule)
 
 
 def _saving(layer: _Keeping, module: nn.Module, way: str) -> None:
@@ -558,7 +555,7 @@ def _saving(layer: _Keeping, module: nn.Module, way: str) -> None:
 @pytest.mark.parametrize("place", ["the network", "a layer of torch's", "the layer"])
 @pytest.mark.parametrize("way", ["a hook", "its own _save_to_state_dict", "its own state_dict"])
 def test_rows_that_an_instance_of_any_kind_adds_to_the_state_are_refused(place: str, way: str) -> None:
-    model, own = keeping_model()
+    model, own = around(_Keeping())
     model(ROWS)
     _saving(own, {"the network": model.net, "a layer of torch's": model.net[0], "the layer": own}[place], way)
     own.kept = torch.zeros(0)
@@ -571,7 +568,7 @@ def test_rows_that_an_instance_of_any_kind_adds_to_the_state_are_refused(place: 
 def test_layers_that_a_pass_makes_to_save_rows_are_refused_and_taken_out(
     made: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, own = keeping_model()
+    model, own = around(_Keeping())
     first, children = own.first, [*own._modules]
     monkeypatch.setattr(_Keeping, "made", made)
     with torch.set_grad_enabled(training):
@@ -588,7 +585,7 @@ def test_layers_that_a_pass_makes_to_save_rows_are_refused_and_taken_out(
 
 
 def test_a_hook_that_a_pass_gives_a_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, own = keeping_model()
+    model, own = around(_Keeping())
     monkeypatch.delattr(_Extra, "get_extra_state")
     monkeypatch.setattr(_Keeping, "made", "a hook")
     with pytest.raises(PrivacyError, match="throw the layer away"):
@@ -597,7 +594,7 @@ def test_a_hook_that_a_pass_gives_a_layer_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_hooks_that_rename_or_cast_are_no_reason_to_refuse_a_pass() -> None:
-    model, own = keeping_model()
+    model, own = around(_Keeping())
 
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         for name in [*state]:

@@ -6,7 +6,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, 
 from clipless_dp.isolation.seen import Memory
 from tests.isolation.test_refusals import Centred
 from tests.isolation.test_soundness import gradients
+from tests.support import HeldApart
 
 Run = Callable[["Net", Tensor], Tensor]
 
@@ -123,17 +124,10 @@ class Dispatching(Tensor):
         return found - found.mean(0, keepdim=True) if several else found
 
 
-class Rounding(Tensor):
+class Rounding(HeldApart):
     """Holds its values apart, and rounds what it meets by the largest entry of that."""
 
-    held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Rounding:
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
-        made.held = held
-        return cast(Rounding, made)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

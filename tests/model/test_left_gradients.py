@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, gated, gradient_gated, losses
 from clipless_dp.sampling import Batch
+from tests.support import run_in_threads
 
 SIZE, RATE = 40, 0.25
 
@@ -143,23 +143,14 @@ def test_gradients_of_what_two_models_share_are_owed_by_both() -> None:
 
 def test_models_that_share_what_is_frozen_are_trained_in_two_threads() -> None:
     pairs = sharing(frozen=True)
-    failed: list[BaseException] = []
 
     def train(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
-        try:
-            for batch in drawn(40):
-                loss_of(model, batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        except BaseException as error:
-            failed.append(error)
+        for batch in drawn(40):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    threads = [threading.Thread(target=train, args=pair) for pair in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not failed
+    run_in_threads(train, pairs)
     assert [len(optimizer.accountant) for _, optimizer in pairs] == [40, 40]
 
 

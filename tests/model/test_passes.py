@@ -48,7 +48,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
 from clipless_dp.model.register import Register
 from clipless_dp.sampling import Batch, draws, fingerprints
-from tests.support import NoNoise
+from tests.support import NoNoise, run_in_threads
 
 SIZE, RATE = 40, 0.25
 ROUTES = ("constraint", "signal gates", "gradient gates", "weights")
@@ -952,27 +952,17 @@ def test_a_loop_within_a_loop_and_one_after_a_loop_that_was_broken_off_are_apart
 
 
 def test_loops_in_threads_are_apart() -> None:
-    failed: list[BaseException] = []
-
     # torch's tracer is for one thread at a time.
     trained = [(model := model_of(), sgd(model)) for _ in range(3)]
 
     def train(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
-        try:
-            for batch in drawn(10):
-                optimizer.zero_grad()
-                loss_of(model, batch).backward()
-                optimizer.step()
-            assert optimizer.accountant.history == [(1.0, RATE, 10)]
-        except BaseException as error:
-            failed.append(error)
+        for batch in drawn(10):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        assert optimizer.accountant.history == [(1.0, RATE, 10)]
 
-    threads = [threading.Thread(target=train, args=some) for some in trained]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
+    run_in_threads(train, trained)
 
 
 def test_an_empty_draw_takes_its_step_while_later_ones_wait() -> None:

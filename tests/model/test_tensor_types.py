@@ -36,6 +36,7 @@ from clipless_dp import (
 from clipless_dp.robustness import certify
 from clipless_dp.sampling import StreamedBatches, poisson_collate
 from clipless_dp.tensor_types import plain
+from tests.support import HeldApart
 
 SIZE = 24
 
@@ -60,16 +61,8 @@ class ScalingWeight(nn.Parameter):
             return found * 100 if func is functional.linear else found
 
 
-class Wrapping(Tensor):
+class Wrapping(HeldApart):
     """Holds its values apart, behind each operation."""
-
-    held: Tensor
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Wrapping:
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
-        made.held = held
-        return cast(Wrapping, made)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
