@@ -237,7 +237,7 @@ def beside_of(
     found = {name: value for name, value in entries.items() if not _is_held(value, name, named, memory)}
     told = {f"{name} of the state": value for name, value in getattr(state, "__dict__", {}).items()}
     for path, version in told.pop("_metadata of the state", {}).items():
-        if f"{path}.".startswith(prefix) and version != {"version": 1}:
+        if f"{path}.".startswith(prefix) and _content(version) != _content({"version": 1}):
             found[f"{path[len(prefix) :]} (metadata)".lstrip()] = version
     return {name: _content(value) for name, value in (found | told).items()}
 
@@ -258,7 +258,8 @@ def _is_held(
     place = _storage(value)
     if place is None:
         # Parts of sharded parameters, sparse ones.
-        return name in named and type(value) in (type(named[name]), type(named[name].detach()))
+        kinds = (type(named[name]), type(named[name].detach())) if name in named else ()
+        return type(value) in kinds and value.layout == named[name].layout
     if place in memory:
         return True
     if value.untyped_storage().nbytes() > value.numel() * value.element_size():

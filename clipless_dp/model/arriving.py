@@ -47,11 +47,11 @@ class Arriving:
         if gradient.stride() != parameter.stride():
             # As it is going to lie in memory, which is what is sampled.
             gradient = torch.empty_like(parameter).copy_(gradient)
-        self._came[id(parameter)] = fingerprints.sample(gradient)
+        self._came[id(parameter)] = fingerprints.of_all(gradient)
 
     def was_changed(self, parameter: Tensor) -> bool:
         """Whether the gradient of a parameter that had none is another one than came."""
         came, gradient = self._came.pop(id(parameter), None), parameter.grad
         if came is None or gradient is None or gradient.stride() != parameter.stride():
             return False
-        return came != fingerprints.sample(gradient)
+        return came != fingerprints.of_all(gradient)

@@ -11,6 +11,7 @@ from torch import nn
 
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyWarning
+from clipless_dp.model import lineage
 from clipless_dp.modules import beside_of, saved_of
 
 Beside = dict[str, str | None]
@@ -23,9 +24,11 @@ def first(model: nn.Module, net: nn.Module) -> Beside:
     """What the state of a model that is being wrapped holds beside, or held when its network was wrapped before."""
     if net not in _first:
         found: Beside = {}
-        # A state that cannot be had yet holds nothing that was there.
-        with suppress(Exception):
-            found = beside_of(saved_of(net, "net."), nn.Module.state_dict(model))
+        # Layers whose weights private steps were taken on may hold rows by now, whatever they are put into. A state
+        # that cannot be had yet holds nothing that was there.
+        if not any(lineage.of(model).runs.values()):
+            with suppress(Exception):
+                found = beside_of(saved_of(net, "net."), nn.Module.state_dict(model))
         _first[net] = found
     return _first[net]
 

@@ -85,6 +85,11 @@ def sample(values: Tensor) -> object:
     return _sums_of_bits(values) if sparse else some.tobytes()
 
 
+def of_all(values: Tensor) -> object:
+    """As :func:`fingerprint`, by sums over the bits of all entries."""
+    return None if _in_memory(values) is None else _sums_of_bits(values)
+
+
 def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
     """The entries that :func:`sample` looks at, in the memory that they are in; ``None`` where that has gaps."""
     flat = _in_memory(values)

@@ -642,7 +642,18 @@ class HooksItself(InAttribute):
 
 register_rule(HooksItself)(_own_rule)
 
+
+class Larger(Tensor):
+    """Multiplies in another way than torch does."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return 100.0 * found if func in (torch.mul, torch.matmul, Tensor.mul, Tensor.matmul) else found
+
+
 HOOKS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "has code of its own": lambda cotangent: cotangent.as_subclass(Larger),
     "scales": lambda cotangent: 100.0 * cotangent,
     "scales in place": lambda cotangent: [cotangent.mul_(100.0), None][1],
     "scales beneath the counter": lambda cotangent: [cotangent.data.mul_(100.0), None][1],

@@ -1681,8 +1681,12 @@ def test_a_compiled_pass_is_back_propagated_once_at_first_order() -> None:
 NODE_HOOKS: dict[str, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...] | None]] = {
     "scales": lambda arrived: tuple(100.0 * one for one in arrived),
     "scales in place": lambda arrived: [[one.mul_(100.0) for one in arrived], None][1],
+    "scales an entry": lambda arrived: tuple(
+        one * torch.ones(one.numel()).index_fill_(0, LAST, 1e6).view_as(one) for one in arrived
+    ),
     "looks": lambda arrived: None,
 }
+LAST = torch.tensor([0])
 
 
 @pytest.mark.parametrize("hook", NODE_HOOKS)

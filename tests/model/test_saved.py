@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, LayerBounds, PrivacyError, PrivacyWarning, losses, register_rule
+from clipless_dp import CliplessDPSGD, DPLipModel, LayerBounds, PrivacyError, PrivacyWarning, losses, register_rule
 from clipless_dp.modules import beside_of, saved_of, state_of
 from clipless_dp.rules import RuleContext
 
@@ -115,6 +115,18 @@ def in_place_of_a_bias(model: DPLipModel) -> None:
     )
 
 
+def in_place_of_a_weight_and_sparse(model: DPLipModel) -> None:
+    moved(model)
+    model.net[0].register_state_dict_post_hook(
+        lambda _, state, prefix, metadata: state.__setitem__(f"{prefix}weight", model.net[1].seen.to_sparse())
+    )
+
+
+def by_a_version_that_is_an_array(model: DPLipModel) -> None:
+    moved(model)
+    model.net[1]._version = model.net[1].seen.numpy()
+
+
 def around_a_bias(model: DPLipModel) -> None:
     moved(model)
     model.net[0].register_state_dict_post_hook(
@@ -145,6 +157,8 @@ def by_a_buffer_of_the_wrapper(model: DPLipModel) -> None:
         (by_a_hook, "mean"),
         (by_a_key, "mean tensor"),
         (in_place_of_a_bias, "net.0.bias"),
+        (in_place_of_a_weight_and_sparse, "net.0.weight"),
+        (by_a_version_that_is_an_array, "net.1 .metadata."),
         (around_a_bias, "net.0.bias"),
         (beside_the_state, "mean of the state"),
         (by_a_buffer_of_the_wrapper, "mean"),
@@ -236,3 +250,17 @@ def test_a_state_that_cannot_be_told_is_never_known() -> None:
     for known in (model, wrapped(net)):
         with pytest.warns(PrivacyWarning, match=r"1\._extra_state"):
             known.state_dict()
+
+
+@pytest.mark.parametrize("house", [lambda net: nn.Sequential(*net), lambda net: net[:], lambda net: net])
+def test_what_layers_have_kept_is_told_of_whatever_network_they_are_put_into(
+    house: Callable[[nn.Sequential], nn.Module],
+) -> None:
+    model = wrapped(net_of())
+    settings: dict[str, Any] = {"sampling": "none", "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp"}
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, **settings)
+    model.loss(model(ROWS), TARGETS).backward()
+    optimizer.step()
+    model.net[1].extra = model.net[1].seen
+    with pytest.warns(PrivacyWarning, match="_extra_state"):
+        wrapped(house(model.net)).state_dict()
