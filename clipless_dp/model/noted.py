@@ -94,7 +94,7 @@ class Noted:
         Raises:
             PrivacyError: one is.
         """
-        if not all(parameter.grad is None or self.knows(parameter) for parameter in parameters):
+        if not all(one.grad is None or (self.knows(one) and self.has_values(one)) for one in parameters):
             raise PrivacyError(f"gradients were changed while a step was under way: {IN_STEP}")
 
     def forget(self, parameter: nn.Parameter) -> None:

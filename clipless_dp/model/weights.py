@@ -22,7 +22,7 @@ from clipless_dp.model.rescaling import shrinkage
 from clipless_dp.modules import parameters_in
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
-from clipless_dp.sampling.fingerprints import fingerprint
+from clipless_dp.sampling.fingerprints import of_all
 
 _SHRUNK = 2.0
 """By how much a weight shrinks that is warned about: of networks just made, many shrink by less."""
@@ -61,9 +61,8 @@ def _may_be_fresh(weight: Tensor, operators: tuple[Operator, ...]) -> bool:
 Mark = tuple[int, int, object]
 
 
-def _mark(values: Tensor, known: Mark | None = None) -> Mark:
-    """As a stamp, but faster; of what is compared with a known one faster still."""
-    return values._version, values.data_ptr(), fingerprint(values, None if known is None else known[2])
+def _mark(values: Tensor) -> Mark:
+    return values._version, values.data_ptr(), of_all(values)
 
 
 class Weights:
@@ -204,7 +203,7 @@ class Weights:
 
     def refuse_others(self, marks: Mapping[str, Mark]) -> None:
         """Refuses weights that are not what they were when they were marked."""
-        changed = next((name for name, known in marks.items() if _mark(self._parameter(name), known) != known), None)
+        changed = next((name for name, known in marks.items() if _mark(self._parameter(name)) != known), None)
         if changed is not None:
             raise PrivacyError(
                 f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "

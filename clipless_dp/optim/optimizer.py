@@ -603,6 +603,7 @@ class CliplessDPOptimizer(Around):
             self._adaptation.refuse_others(sensitivity.counted)
         deviations, of_counts, spent = self._deviations(sensitivity, named)
         charged = charge([some for some in passed if not some.public], terms)
+        draws.refuse_again(charged.draw, self)
         spent *= charged.share
         ledger = self.accountant.ledger
         self._budget.require(self.accountant, spent, charged.sample_rate)

@@ -14,12 +14,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling.copies import place_of, weighs_alike
 from clipless_dp.sampling.fingerprints import fingerprint
 from clipless_dp.sampling.series import Draw, Rows, clock, span_of
@@ -141,8 +143,27 @@ def next_for(user: object, since: int) -> Draw | None:
         return min(candidates, key=lambda draw: (-draw.series.started, draw.place), default=None)
 
 
+DRAWN_AGAIN = (
+    "this sampler is seeded, so a second pass would draw the same batches again, which amplification does not cover: "
+    "make one sampler with the steps of all passes, or one without a seed"
+)
+_followed: WeakKeyDictionary[object, set[tuple[object, ...]]] = WeakKeyDictionary()
+
+
+def refuse_again(draw: Draw | None, user: object) -> None:
+    """Refuses a draw that follows from the same seed as one that an optimizer has used, of a sampler made anew say.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    if draw is not None and draw.identity is not None and draw.identity in _followed.get(user, ()):
+        raise ConfigurationError(DRAWN_AGAIN)
+
+
 def use(draw: Draw, user: object | None = None) -> None:
     """Uses up a draw, for an optimizer."""
+    if user is not None and draw.identity is not None:
+        _followed.setdefault(user, set()).add(draw.identity)
     draw.used, draw.tensors, draw.original = True, (), None
     draw.series.close(draw.place)
     if user is not None:

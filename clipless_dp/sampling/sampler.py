@@ -18,6 +18,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import collation, loaders, persons, trained_on
+from clipless_dp.sampling.draws import DRAWN_AGAIN
 from clipless_dp.sampling.people import (
     ROWS_PER_GROUP,
     Chosen,
@@ -126,7 +127,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         try:
             for place in itertools.count():
                 seeded = self.seed is not None
-                yield Draw(self.sample_rate, seeded=seeded, series=series, place=place, people=self.people)
+                follows = (self.seed, self.start + place, self.dataset_size, self.sample_rate) if seeded else None
+                yield Draw(self.sample_rate, seeded, follows, series=series, place=place, people=self.people)
         finally:
             series.ended = True
 
@@ -146,10 +148,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if placement.world() != self.world:
             raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
         if self.seed is not None and self._passed:
-            raise ConfigurationError(
-                "this sampler is seeded, so a second pass would draw the same batches again, which amplification "
-                "does not cover: make one sampler with the steps of all passes, or one without a seed"
-            )
+            raise ConfigurationError(DRAWN_AGAIN)
         self._passed = True
         rank, ranks = self.world
         system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()

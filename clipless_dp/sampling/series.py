@@ -85,6 +85,7 @@ class Draw:
     Attributes:
         sample_rate: the probability.
         seeded: whether a seed determines it.
+        identity: then what it follows from: the seed, its number, the size of the data and the rate.
         series: the iteration of a sampler that it comes from.
         place: its number there.
         rows: how many rows of its batch are samples; they come first.
@@ -103,6 +104,7 @@ class Draw:
 
     sample_rate: float
     seeded: bool = False
+    identity: tuple[object, ...] | None = None
     series: Series = field(default_factory=lambda: Series())
     place: int = 0
     rows: int = 0

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, gated, gradient_gated, losses
+from clipless_dp import (
+    CliplessDPSGD,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    ReproducibleNoise,
+    gated,
+    gradient_gated,
+    losses,
+)
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import Batch
 from tests.support import run_in_threads
 
@@ -183,3 +193,54 @@ def test_draws_that_a_loop_had_left_before_an_optimizer_was_made_are_none_that_i
             optimizer.step()
         optimizer.zero_grad()
     assert optimizer.skipped_draws == 1
+
+
+def test_a_sampler_that_is_made_again_with_its_seed_draws_what_was_trained_on_and_is_refused() -> None:
+    model, optimizer = model_of()
+    for batch in drawn(2, seed=7):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for batch in drawn(2, seed=8):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (batch, _) = drawn(2, seed=7)
+    loss_of(model, batch).backward()
+    with pytest.raises(ConfigurationError, match="same batches again"):
+        optimizer.step()
+    assert len(optimizer.accountant) == 4
+
+
+@pytest.mark.parametrize("write", [by_data, by_numpy])
+def test_what_a_source_of_noise_writes_into_gradients_beneath_their_counters_is_refused(
+    write: Callable[..., None],
+) -> None:
+    class Writing(ReproducibleNoise):
+        def begin_step(self, step: int) -> None:
+            super().begin_step(step)
+            # It is tried where the optimizer is made.
+            if all(parameter.grad is not None for parameter in model.net.parameters()):
+                write([parameter.grad for parameter in model.net.parameters()], new)
+
+    model, _ = model_of()
+    new = raw(model)
+    optimizer = CliplessDPSGD(
+        model, lr=0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=SIZE, noise=Writing(0)
+    )
+    (batch,) = drawn(1)
+    loss_of(model, batch).backward()
+    before = [parameter.detach().clone() for parameter in model.net.parameters()]
+    with pytest.raises(PrivacyError, match="changed while a step was under way"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.net.parameters()))
+
+
+def test_a_column_of_a_weight_that_changes_between_the_ways_is_noticed() -> None:
+    torch.manual_seed(0)
+    model, _ = wrapped(nn.Sequential(nn.Linear(6, 2000), nn.ReLU(), nn.Linear(2000, 3)))
+    (batch,) = drawn(1)
+    loss = loss_of(model, batch)
+    model.net[2].weight.data[:, 7] *= 1e6
+    with pytest.raises(PrivacyError, match="changed between a forward pass and its backward pass"):
+        loss.backward()
