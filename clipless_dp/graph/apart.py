@@ -296,6 +296,11 @@ class _Apart(torch.autograd.Function):
         return tuple(gradients)
 
 
+def inner_ends(node: Any) -> list[Any]:
+    """Where a backward pass that comes to a node of the model's graph enters the layer's own; none of other nodes."""
+    return [end.node for end in node.graph[1]] if isinstance(node, cast(Any, _Apart)._backward_cls) else []
+
+
 class _Seal(torch.autograd.Function):
     """The end of a layer's own graph: notes by which backward pass the model's graph goes through it."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates.arithmetic import can_look
+from clipless_dp.model import nodes
 from clipless_dp.model.passes import is_private
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Factors:
 
     def __init__(self) -> None:
         self.weight = 1.0
+        self._hooks = nodes.count()
         self._known: dict[int, float] = {}
         self._count = 0
         self._pass = 0
@@ -61,7 +63,7 @@ class Factors:
     def watched(self, total: Tensor, register: Register) -> Tensor:
         """The sum times :attr:`weight`, whose backward pass says by what a loop has multiplied it."""
         if self.required and total.requires_grad and not torch.compiler.is_compiling():
-            total.register_hook(self._arrive)
+            nodes.put(total.register_hook, self._arrive)
         # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
         if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and is_private()):
             return total if self.weight == 1.0 else total * self.weight
@@ -73,13 +75,15 @@ class Factors:
                 return
             try:
                 self.meet(float(cotangent), place, number)
+                if nodes.count() != self._hooks:
+                    nodes.refuse_hooked(nodes.current(), to_gates=True)
             except PrivacyError:
                 register.drop()
                 raise
 
         watched = total if self.weight == 1.0 else total * self.weight
         # A hook, since an operation written in Python takes ten times as long.
-        watched.register_hook(look)
+        nodes.put(watched.register_hook, look)
         # Of a copy, whose hooks run ahead of the look.
         return watched.clone()
 

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
+from clipless_dp.model import nodes
 from clipless_dp.model.rowwise import EVERY, random_numbers
 from clipless_dp.sampling import fingerprints
 from clipless_dp.tensor_types import is_coded
@@ -107,7 +108,7 @@ class Between:
                     node.own.note(part)
 
         copy = output.clone()
-        copy.register_hook(send)
+        nodes.put(copy.register_hook, send)
         return copy
 
     def _look(self, output: Tensor, edge: GradientEdge, ends: Sequence[GradientEdge]) -> None:
@@ -153,7 +154,7 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     """
     copy = values.clone()
     if copy.requires_grad:
-        values.register_hook(_comparing(copy, drop))
+        nodes.put(values.register_hook, _comparing(copy, drop))
     return copy
 
 
@@ -174,7 +175,7 @@ def sealed(value: Tensor, drop: Callable[[], None]) -> Callable[[], None]:
     def close() -> None:
         now = hooks()
         if now is not None and len(now) > known:
-            now[RemovableHandle(now).id] = behind
+            now[nodes.put(RemovableHandle, now).id] = behind
 
     return close
 
@@ -187,7 +188,7 @@ def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     *others, first = hooks.items()
     hooks.clear()
     hooks.update([first, *others])
-    output.register_hook(behind)
+    nodes.put(output.register_hook, behind)
 
 
 def _comparing(hooked: Tensor, drop: Callable[[], None], unless: int = 0) -> Callable[[Tensor | None], None]:
@@ -222,7 +223,7 @@ def _comparing(hooked: Tensor, drop: Callable[[], None], unless: int = 0) -> Cal
 
     # Who saves an output is not warned of them.
     unserializable_hook(ahead)
-    hooked.register_hook(ahead)
+    nodes.put(hooked.register_hook, ahead)
     # Which outlive the tensor, as a part of the graph, and would hold themselves.
     hooks: ref[Sized] = ref(hooked._backward_hooks)  # type: ignore[arg-type]
     return behind

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
+from clipless_dp.model import nodes
 from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.sampling import draws, fingerprints
 from clipless_dp.sampling.series import Draw, Rows
@@ -72,6 +73,7 @@ class Pass:
         divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
         weights: of its rows, ``(B,)``, by which gates are to multiply; ``None`` where all are whole.
         weighed: whether a forward pass gave its layers these.
+        hooks: how many others had put when it began.
     """
 
     sensitivity: Sensitivity | None
@@ -88,6 +90,7 @@ class Pass:
     weighed: bool = field(default=False, init=False)
 
     def __post_init__(self, inputs: Tensor | None) -> None:
+        self.hooks = nodes.count()
         learned = inputs is not None and inputs.requires_grad and not self.public
         self.beside_inputs = leaves_beside(inputs) if learned and inputs is not None else []
         self.declared = _declared.tensor is not None and inputs is _declared.tensor

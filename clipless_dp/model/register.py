@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
-from clipless_dp.model.arriving import CHANGED, Arriving
+from clipless_dp.model import nodes
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted, is_coded
 from clipless_dp.model.owed import Owed, for_all
@@ -83,7 +83,7 @@ class Register:
         self._handles: list[Any] = []
         self._pending: list[Pass] = []
         self._awaited: set[int] = set()
-        self._arriving = Arriving()
+        self._entered: dict[int, tuple[Any, int]] = {}
         self._engine_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
@@ -111,6 +111,7 @@ class Register:
         refuse_interference()
         model = self._model()
         assert model is not None
+        self._entered.clear()
         with self.lock:
             begun = opened(inputs, *model.bounds_of_pass(), self.names())
             begun.trains = self._trains()
@@ -170,6 +171,10 @@ class Register:
                 )
             if norms is not None:
                 entering.refuse_padding(norms)
+            here, put = nodes.current(), nodes.count()
+            if put != entering.hooks:
+                nodes.refuse_hooked(here)
+            self._entered[id(entering)] = here, put
             self._task = task, entering.public
             entering.entered = True
         except BaseException:
@@ -187,6 +192,7 @@ class Register:
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
+        self._refuse_hooked_since(closing)
         counted, left_out = False, False
         self._note_computed(closing)
         added: list[tuple[nn.Parameter, Tensor]] = []
@@ -226,6 +232,19 @@ class Register:
             for parameter, _ in added:
                 self.noted.note(parameter)
         return returned
+
+    def _refuse_hooked_since(self, closing: Pass) -> None:
+        """Refuses nodes that were given hooks after a backward pass had entered."""
+        node, put = self._entered.pop(id(closing), (None, nodes.count()))
+        if put != nodes.count():
+            self._refuse_hooked(node)
+
+    def _refuse_hooked(self, *roots: Any) -> None:
+        try:
+            nodes.refuse_hooked(*roots)
+        except PrivacyError:
+            self.drop()
+            raise
 
     def owed(self) -> list[Pass]:
         """The passes whose private gradients were computed, here or by another wrapper, and that are not settled."""
@@ -284,10 +303,14 @@ class Register:
             self.reconcile()
             self._awaited = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
         self._engine_task = task
+        trained = [one for one in self.parameters if one.requires_grad]
+        if not self.sharded:
+            # What fills gradients outlives passes, and hooks on it may be older.
+            self._refuse_hooked(*(torch.autograd.graph.get_gradient_edge(one).node for one in trained))
         self.enter(entering, norms)
         self._note_computed(entering)
         self._pending.append(entering)
-        self._handles = self._arriving.hooks(self.parameters, self._added_by_engine, self.sharded)
+        self._handles = [nodes.put(one.register_post_accumulate_grad_hook, self._added_by_engine) for one in trained]
 
     @uncompiled
     def _added_by_engine(self, parameter: Tensor) -> None:
@@ -299,7 +322,8 @@ class Register:
         self._filled.add(id(held))
         if self.noted.was_added_to(held):
             self.noted.note(held)
-            self._taint = CHANGED if self._arriving.was_changed(held) else self._taint
+        if not self.sharded and any(put != nodes.count() for _, put in self._entered.values()):
+            self._refuse_hooked(*(node for node, _ in self._entered.values()))
 
     def _unhook(self) -> None:
         for handle in self._handles:

@@ -14,6 +14,7 @@ from torch.nn.modules import module as modules
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.hidden import foreign_mode
+from clipless_dp.model import nodes
 
 _UPDATE = "_clipless_dp_update"
 """By which the hooks of a parameter know that of :func:`without_gradients`."""
@@ -45,7 +46,7 @@ def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
             if parameter.requires_grad:
                 if parameter._backward_hooks is None:
                     # What holds hooks stays with the parameter; to fill it costs a tenth of registering one.
-                    parameter.register_hook(_refuse_gradients).remove()
+                    nodes.put(parameter.register_hook, _refuse_gradients).remove()
                 hooks: Any = parameter._backward_hooks
                 hooks[_UPDATE] = _refuse_gradients
                 hooked.append(hooks)
