@@ -34,7 +34,7 @@ class Factors:
 
     def __init__(self) -> None:
         self.weight = 1.0
-        self._hooks = nodes.count()
+        self._hooks, self._settled = nodes.count(), True
         self._known: dict[int, float] = {}
         self._count = 0
         self._pass = 0
@@ -57,6 +57,8 @@ class Factors:
 
     def begin(self) -> None:
         """A pass begins; sums are counted from here."""
+        if self._settled:
+            self._hooks, self._settled = nodes.count(), False
         self._count = 0
         self._pass += 1
 
@@ -118,7 +120,7 @@ class Factors:
         Raises:
             PrivacyError: it is another one, or not positive and finite.
         """
-        self._count = 0
+        self._count, self._settled = 0, True
         if not 0.0 < factor < math.inf:
             raise _refusal(f"the summed loss was multiplied by {factor:g}", "a positive number")
         known = self._known.get(place)
