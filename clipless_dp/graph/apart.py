@@ -25,7 +25,8 @@ from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
 
 _Sealing = Callable[[Tensor], Callable[[], None]]
-"""Lets later hooks on a tensor look and not change; returns what a backward pass calls before it gets there."""
+"""Lets others look at a tensor, in later hooks too, and not change it; returns what a backward pass calls before it
+gets there."""
 
 
 def is_known(module: nn.Module) -> bool:
@@ -67,8 +68,9 @@ def set_apart_(
         wanted: asked at each pass whether they are to run apart.
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
-        sealing: called with what such a layer was given and has returned, which it may keep: lets hooks that these are
-            given later look and not change, and returns what a backward pass calls before it gets there.
+        sealing: called with what such a layer was given and has returned, which it may keep: lets whoever has these,
+            and hooks that they are given later, look and not change, and returns what a backward pass calls before it
+            gets there.
 
     Returns:
         Whether there are such layers, or functions.
@@ -183,7 +185,8 @@ def _run_apart(
     parameters = list({id(value): value for _, _, value in held}.values())
     if not any(value.requires_grad for value in (*inputs, *parameters)):
         with resting():
-            return _on_copies(call, args, kwargs)
+            # It may keep what it has returned, which the layers behind it differentiate by.
+            return pytree.tree_map_only(Tensor, torch.clone, _on_copies(call, args, kwargs))
     returned: list[Any] = []
 
     def run(inner: tuple[Tensor, ...]) -> list[Tensor]:
@@ -271,7 +274,8 @@ class _Apart(torch.autograd.Function):
             [edge(value) for value in sealed],
             [(index, edge(leaf)) for index, leaf in enumerate(leaves) if leaf.requires_grad],
         )
-        made = tuple(value.detach() for value in outputs)
+        # It may keep what it has returned, which the layers behind it differentiate by.
+        made = tuple(value.detach().clone() for value in outputs)
         ctx.mark_non_differentiable(*(value for index, value in enumerate(made) if index not in tracked))
         return made
 
@@ -313,7 +317,8 @@ class _Seal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.visit.task = torch._C._current_graph_task_id()
-        for close in ctx.visit.closing:
+        closing, ctx.visit.closing = ctx.visit.closing, ()
+        for close in closing:
             close()
         return None, *cotangents
 

@@ -159,11 +159,11 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
 
 
 def sealed(value: Tensor, drop: Callable[[], None]) -> Callable[[], None]:
-    """Lets hooks that a tensor is given from now on look at what comes back to it, and not change it.
+    """Lets others look at a tensor, and at what comes back to it, and not change them.
 
     Args:
         value: the tensor; hooks that it has are its layer's own, of which the rule is.
-        drop: drops the gradients, where later ones change something.
+        drop: drops the gradients, where later ones change something, or its numbers were written over.
 
     Returns:
         To be called in a backward pass before what comes back gets there.
@@ -171,11 +171,20 @@ def sealed(value: Tensor, drop: Callable[[], None]) -> Callable[[], None]:
     known = len(value._backward_hooks or ()) + 1
     behind = _comparing(value, drop, known)
     hooks: Any = ref(value._backward_hooks)
+    # The tensor itself would hold its graph, and would not tell of an alias that has outlived it.
+    held, numbers = value.detach(), _numbers(value)
 
     def close() -> None:
         now = hooks()
         if now is not None and len(now) > known:
             now[nodes.put(RemovableHandle, now).id] = behind
+        if numbers is not None and _numbers(held) != numbers:
+            drop()
+            raise PrivacyError(
+                "what a layer of your own was given or has returned, and has kept, was written to between the forward "
+                "and the backward pass (through .data or NumPy, say), which differentiates by it: write to a copy "
+                "(kept.detach().clone()). The gradients are dropped; nothing was released"
+            )
 
     return close
 

@@ -234,10 +234,17 @@ class Register:
         return returned
 
     def _refuse_hooked_since(self, closing: Pass) -> None:
-        """Refuses nodes that were given hooks after a backward pass had entered."""
+        """Refuses nodes that were given hooks after a backward pass had entered, and weights that one has written."""
         node, put = self._entered.pop(id(closing), (None, nodes.count()))
         if put != nodes.count():
             self._refuse_hooked(node)
+        model = self._model()
+        if model is not None and nodes.count() != closing.hooks:
+            try:
+                model.check_pass(closing.fingerprint)
+            except PrivacyError:
+                self.drop()
+                raise
 
     def _refuse_hooked(self, *roots: Any) -> None:
         try:

@@ -104,6 +104,24 @@ def _has_foreign_hook() -> bool:
     return any(others) or len(modules._global_forward_pre_hooks) > ours
 
 
+def refuse_modes() -> None:
+    """Refuses modes that run in place of what a pass, or a step, computes.
+
+    Raises:
+        PrivacyError: a function or dispatch mode other than torch's own is in force.
+    """
+    for length, at in (
+        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
+        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
+    ):
+        foreign = foreign_mode(length, at)
+        if foreign is not None:
+            raise PrivacyError(
+                f"the mode {foreign} is in force, which may change what is computed: leave it around the "
+                "passes of a wrapped model and the steps of its optimizer"
+            )
+
+
 def refuse_interference() -> None:
     """Refuses what may change values or gradients within a pass, anywhere in the process.
 
@@ -117,16 +135,7 @@ def refuse_interference() -> None:
             "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change "
             "what the network computes: remove it around the passes of a wrapped model"
         )
-    for length, at in (
-        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
-        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
-    ):
-        foreign = foreign_mode(length, at)
-        if foreign is not None:
-            raise PrivacyError(
-                f"the mode {foreign} is in force, which may change what the network computes: leave it around the "
-                "passes of a wrapped model"
-            )
+    refuse_modes()
     active = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", lambda: None)
     if active() is not None:
         raise PrivacyError(

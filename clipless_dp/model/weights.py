@@ -160,8 +160,8 @@ class Weights:
 
     def sensitivity(
         self, here: Placement, parts: Sequence[nn.Module], relation: Relation = "add-or-remove-one"
-    ) -> tuple[Sensitivity, dict[str, Stamp]]:
-        """The bounds, and stamps of the weights that they rest on.
+    ) -> tuple[Sensitivity, frozenset[str]]:
+        """The bounds, and the names of the weights that they rest on: all, where a rule of a user's own may read any.
 
         Args:
             here: where the model is.
@@ -176,7 +176,7 @@ class Weights:
             _, sensitivity, read = known
             now = {name: self._stamp(name, here) for name in read}
             if now == read:
-                return sensitivity, {**stamps, **now}
+                return sensitivity, frozenset((*stamps, *now))
         whole = here.is_whole
         sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
         self._kept.pop(relation, None)
@@ -186,7 +186,7 @@ class Weights:
         read = {name: now[name] if name in now else self._stamp(name, here) for name in read_names} if named else {}
         if len(read) == len(read_names):
             self._kept[relation] = key, sensitivity, read
-        return sensitivity, {**stamps, **read}
+        return sensitivity, frozenset((*stamps, *(read if named else self._holders)))
 
     def sensitivity_at_limits(self, here: Placement) -> Sensitivity:
         """The bounds as behind a projection, of weights for which the constraints hold, though it may be long ago."""
@@ -199,7 +199,8 @@ class Weights:
 
     def marks(self, names: Iterable[str]) -> dict[str, Mark]:
         """As stamps, but faster: for the time between a forward pass and its backward pass."""
-        return {name: _mark(self._parameter(name)) for name in names}
+        # Of a weight that is shared by several layers once.
+        return {name: _mark(one) for one, name in {self._parameter(name): name for name in names}.items()}
 
     def refuse_others(self, marks: Mapping[str, Mark]) -> None:
         """Refuses weights that are not what they were when they were marked."""

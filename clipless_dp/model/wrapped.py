@@ -465,8 +465,8 @@ class DPLipModel(Unscripted, nn.Module):
         if not self.placement.is_whole:
             return None, (self._watch, self._weights.marks_of_parts(self.register.parameters))
         parts = self._follow_changes()
-        sensitivity, stamps = self._weights.sensitivity(self.placement, parts)
-        return sensitivity, (self._watch, self._weights.marks(stamps))
+        sensitivity, names = self._weights.sensitivity(self.placement, parts)
+        return sensitivity, (self._watch, self._weights.marks(names))
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +23,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model.surroundings import without_gradients, without_passes
 from clipless_dp.optim.adam import AdamBC
 from clipless_dp.optim.sharpness import SharpnessAwareAdam, SharpnessAwareSGD
+from clipless_dp.tensor_types import is_coded
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -203,12 +204,28 @@ def is_made_of_known(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, tuple(_KNOWN))
 
 
+_SETTINGS = frozenset({bool, int, float, str, type(None), np.float64, np.float32, np.int64})
+
+
+def _are_plain(values: Iterable[object]) -> bool:
+    """Whether settings, or what is kept of a parameter, have no code of others; pairs of such among them."""
+    return all(
+        type(value) in _SETTINGS
+        or (isinstance(value, Tensor) and not is_coded(type(value)))
+        or (type(value) in (tuple, list) and _are_plain(cast("Sequence[object]", value)))
+        for value in values
+    )
+
+
 def is_plain(optimizer: Optimizer) -> bool:
     """Whether no code of others runs in its step, which reads parameters, gradients, groups and ``state``."""
     own = vars(optimizer)
     return (
         is_known(optimizer)
-        and "step" not in own
+        and not any(map(callable, own.values()))
+        and type(optimizer.state) is defaultdict
+        and all(type(kept) is dict and _are_plain(kept.values()) for kept in optimizer.state.values())
+        and all(type(group) is dict and _are_plain(group.values()) for group in optimizer.param_groups)
         and own["_optimizer_step_pre_hooks"].keys() <= {_guard_of.get(optimizer)}
         and not own["_optimizer_step_post_hooks"]
         and not _global_optimizer_pre_hooks

@@ -22,6 +22,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.interrupts import completed
 from clipless_dp.model import DPLipModel, lineage, passes
+from clipless_dp.model.surroundings import refuse_modes
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, base_state, checks, holdings, loadable
@@ -322,6 +323,7 @@ class CliplessDPOptimizer(Around):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
+        refuse_modes()
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -603,7 +605,8 @@ class CliplessDPOptimizer(Around):
             self._adaptation.refuse_others(sensitivity.counted)
         deviations, of_counts, spent = self._deviations(sensitivity, named)
         charged = charge([some for some in passed if not some.public], terms)
-        draws.refuse_again(charged.draw, self)
+        if charged.sample_rate < 1.0:
+            draws.refuse_again(charged.draw, self)
         spent *= charged.share
         ledger = self.accountant.ledger
         self._budget.require(self.accountant, spent, charged.sample_rate)

@@ -145,13 +145,15 @@ def next_for(user: object, since: int) -> Draw | None:
 
 DRAWN_AGAIN = (
     "this sampler is seeded, so a second pass would draw the same batches again, which amplification does not cover: "
-    "make one sampler with the steps of all passes, or one without a seed"
+    "make one sampler with the steps of all passes, go on with start=optimizer.steps_taken, or leave out the seed. To "
+    "go back to a checkpoint, load it into a new optimizer"
 )
 _followed: WeakKeyDictionary[object, set[tuple[object, ...]]] = WeakKeyDictionary()
 
 
 def refuse_again(draw: Draw | None, user: object) -> None:
-    """Refuses a draw that follows from the same seed as one that an optimizer has used, of a sampler made anew say.
+    """Refuses a draw that follows from the same seed as one that an optimizer has used or left out, of a sampler made
+    anew say.
 
     Raises:
         ConfigurationError: it does.
@@ -160,10 +162,14 @@ def refuse_again(draw: Draw | None, user: object) -> None:
         raise ConfigurationError(DRAWN_AGAIN)
 
 
-def use(draw: Draw, user: object | None = None) -> None:
-    """Uses up a draw, for an optimizer."""
+def _follow(draw: Draw, user: object | None) -> None:
     if user is not None and draw.identity is not None:
         _followed.setdefault(user, set()).add(draw.identity)
+
+
+def use(draw: Draw, user: object | None = None) -> None:
+    """Uses up a draw, for an optimizer."""
+    _follow(draw, user)
     draw.used, draw.tensors, draw.original = True, (), None
     draw.series.close(draw.place)
     if user is not None:
@@ -227,6 +233,7 @@ def skip(
         sources = {id(draw.series.source) for draw in computed}
         last = max((draw.delivered for draw in computed), default=0)
         for draw in computed:
+            _follow(draw, user)
             if draw not in skipped and not draw.left_by & left_by:
                 count += 1
                 draw.series.close(draw.place)

@@ -127,7 +127,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         try:
             for place in itertools.count():
                 seeded = self.seed is not None
-                follows = (self.seed, self.start + place, self.dataset_size, self.sample_rate) if seeded else None
+                # At another rate, or of a row more, most of a draw's rows are the same.
+                follows = (self.seed, self.start + place) if seeded else None
                 yield Draw(self.sample_rate, seeded, follows, series=series, place=place, people=self.people)
         finally:
             series.ended = True

@@ -85,7 +85,7 @@ class Draw:
     Attributes:
         sample_rate: the probability.
         seeded: whether a seed determines it.
-        identity: then what it follows from: the seed, its number, the size of the data and the rate.
+        identity: then what it follows from: the seed and its number.
         series: the iteration of a sampler that it comes from.
         place: its number there.
         rows: how many rows of its batch are samples; they come first.

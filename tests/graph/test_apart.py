@@ -703,3 +703,98 @@ def test_it_may_look_and_layers_may_have_hooks_of_their_own(kept: str, hook: str
         loss.backward()
         gradients.append([cast(Tensor, parameter.grad) for parameter in model.net.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+class Featured(Own):
+    """Keeps what it was given and what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 0.7))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.__dict__["given"] = values
+        self.__dict__["returned"] = made = torch.sigmoid(values) * self.scale
+        return made
+
+
+class Bare(Own):
+    """The same of a first layer, without parameters."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.__dict__["given"] = values
+        self.__dict__["returned"] = made = values * 1.0
+        return made
+
+
+@register_rule(Featured)
+def _featured_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=2.0, lipschitz=0.7, gradients={"scale": 3.0})
+
+
+@register_rule(Bare)
+def _bare_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
+
+
+def standardised(kept: Tensor) -> None:
+    """As for a plot."""
+    features = kept.detach().numpy()
+    features -= features.mean(0)
+    features /= features.std(0)
+
+
+def by_data(kept: Tensor) -> None:
+    kept.data *= 255.0
+
+
+@pytest.mark.parametrize("wrap", [gated, gradient_gated, nn.Identity])
+@pytest.mark.parametrize("write", [standardised, by_data])
+@pytest.mark.parametrize("kept", ["given", "returned"])
+def test_what_a_layer_keeps_may_not_be_written_over_between_the_ways(kept, write, wrap):
+    net = nn.Sequential(nn.Linear(8, 8), Featured(), nn.Linear(8, 3))
+    model = model_of(net if wrap is nn.Identity else wrap(net))
+    layer = next(part for part in model.net.modules() if isinstance(part, Featured))
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    write(getattr(layer, kept))
+    with pytest.raises(PrivacyError, match="has kept, was written to"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("kept", ["given", "returned"])
+def test_what_a_layer_without_gradients_keeps_is_nothing_that_others_differentiate_by(kept):
+    gradients = []
+    for writes in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(Bare(), nn.Linear(8, 3))
+        model = model_of(net)
+        inputs, targets = data()
+        loss = model.loss(model(inputs), targets)
+        if writes:
+            by_data(getattr(net[0], kept))
+        loss.backward()
+        gradients.append(net[1].weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_hook_on_what_a_layer_keeps_may_not_write_weights_of_layers_before_it():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Featured(), nn.Linear(8, 3))
+    model = model_of(net)
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    net[2].returned.register_hook(lambda _: [net[1].weight.data.mul_(1000.0)] and None)
+    with pytest.raises(PrivacyError, match=r"'1\.weight' was changed between"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_weights_behind_a_layer_whose_rule_may_read_any_may_not_change_between_the_ways():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Featured(), nn.Linear(8, 3))
+    model = model_of(net)
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    net[1].weight.data.mul_(1000.0)
+    with pytest.raises(PrivacyError, match=r"'1\.weight' was changed between"):
+        loss.backward()

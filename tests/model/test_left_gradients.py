@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from clipless_dp import (
     DPLipModel,
     PoissonBatches,
     PrivacyError,
+    PrivacyWarning,
     ReproducibleNoise,
     gated,
     gradient_gated,
@@ -210,6 +213,60 @@ def test_a_sampler_that_is_made_again_with_its_seed_draws_what_was_trained_on_an
     with pytest.raises(ConfigurationError, match="same batches again"):
         optimizer.step()
     assert len(optimizer.accountant) == 4
+
+
+def test_a_row_less_makes_no_other_draws_of_a_seed() -> None:
+    model, optimizer = model_of()
+    (batch,) = drawn(1, seed=7)
+    loss_of(model, batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    fewer = tuple(part[:-1] for part in data())
+    (batch,) = PoissonBatches(fewer, sample_rate=RATE, steps=1, seed=7)
+    loss_of(model, batch).backward()
+    with pytest.raises(ConfigurationError, match="same batches again"):
+        optimizer.step()
+
+
+def test_a_draw_that_was_left_out_with_a_refused_step_does_not_come_back_from_its_seed() -> None:
+    model, optimizer = model_of()
+    (batch,) = drawn(1, seed=7)
+    loss_of(model, batch).backward()
+    next(model.net.parameters()).grad.mul_(1.5)
+    with pytest.raises(PrivacyError):
+        optimizer.step()
+    (again,) = drawn(1, seed=7)
+    loss_of(model, again).backward()
+    with pytest.raises(ConfigurationError, match="same batches again"):
+        optimizer.step()
+    assert len(optimizer.accountant) == 0
+
+
+@pytest.mark.parametrize("terms", ["another step on a draw", "a whole table", "no amplification"])
+def test_a_seeded_draw_comes_again_where_its_step_is_charged_as_all_rows_anyway(terms: str) -> None:
+    rate = 1.0 if terms == "a whole table" else RATE
+    model, _ = model_of()
+    optimizer = CliplessDPSGD(
+        model,
+        lr=0.1,
+        noise_multiplier=1.0,
+        sample_rate=rate,
+        dataset_size=SIZE,
+        sampling="none" if terms == "no amplification" else "announced",
+    )
+
+    def batches() -> list[Any]:
+        return list(PoissonBatches(data(), sample_rate=rate, steps=2, seed=7))
+
+    first = batches()
+    again = first if terms == "another step on a draw" else batches()
+    expected = pytest.warns(PrivacyWarning) if again is first else nullcontext()
+    with expected:
+        for batch in (*first, *again):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.steps_taken == 4
 
 
 @pytest.mark.parametrize("write", [by_data, by_numpy])

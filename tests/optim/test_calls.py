@@ -418,3 +418,94 @@ def test_behind_a_look_at_a_draw_that_is_used_or_skipped_choices_are_free_for_ro
     model.loss(model(ROWS), TARGETS).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert optimizer.steps_taken == 3 - skipped
+
+
+class Code(torch.Tensor):
+    """Calls a function once, where a step computes with it."""
+
+    look: Callable[[], object] | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if cls.look is not None and func.__name__ in ("neg", "__neg__", "mul_"):
+            look, cls.look = cls.look, None
+            look()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Rate(float):
+    """Does so where it is negated."""
+
+    look: Callable[[], object] | None = None
+
+    def __neg__(self) -> float:
+        look, Rate.look = Rate.look, None
+        if look is not None:
+            look()
+        return -float(self)
+
+
+def _code_in_rate(base: torch.optim.SGD) -> None:
+    base.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(Code)
+
+
+def _code_in_number(base: torch.optim.SGD) -> None:
+    base.param_groups[0]["lr"] = Rate(0.1)
+
+
+def _code_in_momentum(base: torch.optim.SGD) -> None:
+    for kept in base.state.values():
+        kept["momentum_buffer"] = kept["momentum_buffer"].as_subclass(Code)
+
+
+def _code_in_method(base: Any) -> None:
+    ordinary = base._init_group
+
+    def ask(*args: Any) -> Any:
+        Rate(1.0).__neg__()
+        return ordinary(*args)
+
+    base._init_group = ask
+
+
+@pytest.mark.parametrize("put", [_code_in_rate, _code_in_number, _code_in_momentum, _code_in_method])
+def test_settings_and_state_with_code_of_their_own_make_a_base_optimizer_no_plain_one(
+    put: Callable[[Any], None],
+) -> None:
+    model = gated_model()
+    base = torch.optim.SGD(model.net.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    optimizer = CliplessDPOptimizer(model, base, noise_multiplier=1.0, sample_rate=0.1, dataset_size=200)
+    first, second = PoissonBatches(DATA, sample_rate=0.1, steps=2)
+    model.loss(model(first.inputs), first.targets, first.mask).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.loss(model(second.inputs), second.targets, second.mask).backward()
+    asked: list[Tensor] = []
+
+    def look() -> None:
+        with torch.enable_grad():
+            asked.append(model.net(ROWS).sum())
+
+    put(base)
+    Code.look = Rate.look = look
+    with pytest.raises(PrivacyError, match="calls the network or computes gradients within its step"):
+        optimizer.step()
+    assert not asked
+    Code.look = Rate.look = None
+
+
+def test_a_mode_of_others_around_a_step_is_refused_and_the_step_can_be_taken_without_it() -> None:
+    class Silent(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func is torch._foreach_add_ else func(*args, **(kwargs or {}))
+
+    model = gated_model()
+    base = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    optimizer = CliplessDPOptimizer(model, base, noise_multiplier=1.0, sample_rate=0.1, dataset_size=200)
+    (batch,) = PoissonBatches(DATA, sample_rate=0.1, steps=1)
+    model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+    with pytest.raises(PrivacyError, match=r"the mode .*Silent is in force"), Silent():
+        optimizer.step()
+    assert len(optimizer.accountant) == 0
+    optimizer.step()
+    assert len(optimizer.accountant) == 1
