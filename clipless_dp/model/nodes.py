@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -21,8 +22,8 @@ _Handle = TypeVar("_Handle")
 _own = 0
 """How many hooks this package has put."""
 
-_TORCH = ("torch.utils.hooks", "torch.autograd.graph")
-"""Where torch's own hooks are from: of modules around a model, which are given what enters its gate; of its log."""
+_LOG = "torch.autograd.graph"
+"""Where the hooks of torch's own log are from."""
 
 
 def put(register: Callable[[Any], _Handle], hook: Any) -> _Handle:
@@ -47,6 +48,14 @@ def current() -> Any:
     return torch._C._current_autograd_node()
 
 
+def weakly(node: Any) -> Callable[[], Any]:
+    """A node for as long as it is there; those that torch writes in C++ are not followed, as they cannot be."""
+    try:
+        return ref(node)
+    except TypeError:
+        return lambda: None
+
+
 @uncompiled
 def refuse_hooked(*roots: Any, to_gates: bool = False) -> None:
     """Refuses nodes that have hooks, among those that a backward pass from these goes through.
@@ -64,9 +73,9 @@ def refuse_hooked(*roots: Any, to_gates: bool = False) -> None:
         if _is_hooked(node):
             raise PrivacyError(
                 f"a hook is on the node {node.name()!r} of a pass's autograd graph (register_hook or register_prehook "
-                "of grad_fn and of what it leads to): behind a gate it changes what no bound is of, also where it is "
-                "meant to look only. Put hooks on the model's outputs (outputs.register_hook), which may look. The "
-                "gradients are dropped; nothing was released"
+                "of grad_fn and of what it leads to, or a backward hook of a module around the model): it may change "
+                "what comes back, behind gates too, also where it is meant to look only. Put hooks on the model's "
+                "outputs (outputs.register_hook), which may look. The gradients are dropped; nothing was released"
             )
 
 
@@ -87,7 +96,7 @@ def _is_hooked(node: Any) -> bool:
         handle = put(register, _look)
         hooks = handle.hooks_dict_ref()
         handle.remove()
-        if hooks and any(getattr(hook, "__module__", None) not in _TORCH for hook in hooks.values()):
+        if hooks and any(getattr(hook, "__module__", None) != _LOG for hook in hooks.values()):
             return True
     return False
 

@@ -74,6 +74,7 @@ class Pass:
         weights: of its rows, ``(B,)``, by which gates are to multiply; ``None`` where all are whole.
         weighed: whether a forward pass gave its layers these.
         hooks: how many others had put when it began.
+        entry: where a backward pass has entered it, as long as that is there, and how many hooks there were then.
     """
 
     sensitivity: Sensitivity | None
@@ -88,6 +89,7 @@ class Pass:
     lost: bool = field(default=False, init=False)
     divided: Sequence[tuple[Rows, int]] = field(default=(), init=False)
     weighed: bool = field(default=False, init=False)
+    entry: tuple[Callable[[], Any], int] | None = field(default=None, init=False)
 
     def __post_init__(self, inputs: Tensor | None) -> None:
         self.hooks = nodes.count()

@@ -83,7 +83,6 @@ class Register:
         self._handles: list[Any] = []
         self._pending: list[Pass] = []
         self._awaited: set[int] = set()
-        self._entered: dict[int, tuple[Any, int]] = {}
         self._engine_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
@@ -111,7 +110,6 @@ class Register:
         refuse_interference()
         model = self._model()
         assert model is not None
-        self._entered.clear()
         with self.lock:
             begun = opened(inputs, *model.bounds_of_pass(), self.names())
             begun.trains = self._trains()
@@ -174,7 +172,7 @@ class Register:
             here, put = nodes.current(), nodes.count()
             if put != entering.hooks:
                 nodes.refuse_hooked(here)
-            self._entered[id(entering)] = here, put
+            entering.entry = nodes.weakly(here), put
             self._task = task, entering.public
             entering.entered = True
         except BaseException:
@@ -182,13 +180,13 @@ class Register:
             raise
 
     @torch.no_grad()
-    def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+    def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], filling: Sequence[Any]) -> list[Tensor | None]:
         """Adds the gradients of a pass to those of the parameters; returns those that somebody else asked for.
 
         Args:
             closing: the pass.
             gradients: one for each parameter.
-            nodes: through which autograd would add them.
+            filling: the nodes through which autograd would add them.
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
@@ -201,7 +199,7 @@ class Register:
             if gradient is None:
                 continue
             try:
-                if not torch._C._will_engine_execute_node(nodes[index]):
+                if not torch._C._will_engine_execute_node(filling[index]):
                     left_out = True
                     continue
             except RuntimeError:
@@ -235,9 +233,8 @@ class Register:
 
     def _refuse_hooked_since(self, closing: Pass) -> None:
         """Refuses nodes that were given hooks after a backward pass had entered, and weights that one has written."""
-        node, put = self._entered.pop(id(closing), (None, nodes.count()))
-        if put != nodes.count():
-            self._refuse_hooked(node)
+        if closing.entry is not None and closing.entry[1] != nodes.count():
+            self._refuse_hooked(closing.entry[0]())
         model = self._model()
         if model is not None and nodes.count() != closing.hooks:
             try:
@@ -329,8 +326,9 @@ class Register:
         self._filled.add(id(held))
         if self.noted.was_added_to(held):
             self.noted.note(held)
-        if not self.sharded and any(put != nodes.count() for _, put in self._entered.values()):
-            self._refuse_hooked(*(node for node, _ in self._entered.values()))
+        entries = [one.entry for one in self._pending if one.entry is not None]
+        if not self.sharded and any(put != nodes.count() for _, put in entries):
+            self._refuse_hooked(torch.autograd.graph.get_gradient_edge(held).node, *(node() for node, _ in entries))
 
     def _unhook(self) -> None:
         for handle in self._handles:

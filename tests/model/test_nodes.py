@@ -26,6 +26,7 @@ from clipless_dp import (
 )
 from clipless_dp.model import nodes
 from clipless_dp.sampling import Batch
+from tests.support import run_in_threads
 
 SIZE, RATE = 40, 0.25
 
@@ -34,7 +35,8 @@ class Halved(nn.Module):
     """Keeps what it is given and what lies between."""
 
     def forward(self, values: Tensor) -> Tensor:
-        return (values * 0.5).sin()
+        self.__dict__["kept"] = made = (values * 0.5).sin()
+        return made
 
 
 @register_rule(Halved)
@@ -193,14 +195,44 @@ def test_hooks_are_found_without_a_loss_of_the_model() -> None:
     refused(model, output.square().sum())
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook")
-def test_hooks_of_modules_around_a_model_may_look() -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_backward_hooks_of_modules_around_a_model_are_refused(looks: bool) -> None:
     model = model_of()
-    optimizer = optimizer_of(model)
-    seen: list[Any] = []
     around = nn.Sequential(model)
-    around.register_full_backward_pre_hook(lambda module, cotangents: seen.append(cotangents[0].norm()))
+    around.register_full_backward_pre_hook(lambda module, came: None if looks else (came[0] / came[0].norm(),))
     batch = drawn()
-    model.loss(around(batch.inputs), batch.targets, batch.mask).backward()
-    optimizer.step()
-    assert (len(seen), optimizer.steps_taken) == (1, 1)
+    refused(model, model.loss(around(batch.inputs), batch.targets, batch.mask))
+
+
+def test_a_pass_that_begins_meanwhile_lets_no_hook_through() -> None:
+    torch.manual_seed(0)
+    layer = Halved()
+    model = DPLipModel(
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), layer, nn.Linear(5, 3)),
+        input_shape=(6,),
+        input_norm=1.0,
+        loss=losses.TauCrossEntropy(),
+    )
+    _, loss = next(passes_of(model))
+    (tanh,) = (node for node in nodes_of(loss) if node.name() == "TanhBackward0")
+
+    def hook(_: Tensor) -> None:
+        HOOKS["behind, scales"](tanh)
+        run_in_threads(model, [(drawn().inputs,)])
+
+    layer.kept.register_hook(hook)
+    refused(model, loss)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_what_fills_gradients_of_compiled_passes_is_asked_when_it_does(behind: bool) -> None:
+    torch._dynamo.reset()
+    model = model_of()
+    compiled = torch.compile(model, backend="aot_eager")
+    filling = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.net.parameters()]
+    batch = drawn()
+    inputs = batch.inputs.clone().requires_grad_()
+    kind = "behind, scales" if behind else "ahead, scales"
+    inputs.register_hook(lambda slope: [HOOKS[kind](node) for node in filling] and None)
+    refused(model, model.loss(compiled(inputs), batch.targets, batch.mask))
+    torch._dynamo.reset()
