@@ -170,7 +170,7 @@ class Register:
             if norms is not None:
                 entering.refuse_padding(norms)
             here, put = nodes.current(), nodes.count()
-            if put != entering.hooks:
+            if put != entering.hooks and not entering.public:
                 nodes.refuse_hooked(here)
             entering.entry = nodes.weakly(here), put
             self._task = task, entering.public
@@ -233,6 +233,9 @@ class Register:
 
     def _refuse_hooked_since(self, closing: Pass) -> None:
         """Refuses nodes that were given hooks after a backward pass had entered, and weights that one has written."""
+        if closing.public:
+            # Nodes of what made its rows are others' concern.
+            return
         if closing.entry is not None and closing.entry[1] != nodes.count():
             self._refuse_hooked(closing.entry[0]())
         model = self._model()

@@ -22,6 +22,7 @@ from clipless_dp import (
     gated,
     gradient_gated,
     losses,
+    passes,
     register_rule,
 )
 from clipless_dp.model import nodes
@@ -181,8 +182,8 @@ def test_a_hook_that_is_put_during_the_backward_pass_is_refused_where_gradients_
 
 def test_one_of_two_passes_that_has_a_hook_is_refused() -> None:
     model = model_of()
-    passes = passes_of(model)
-    (_, first), (_, second) = next(passes), next(passes)
+    both = passes_of(model)
+    (_, first), (_, second) = next(both), next(both)
     HOOKS["ahead, scales"](nodes_of(first)[-2])
     refused(model, first + second)
 
@@ -236,3 +237,17 @@ def test_what_fills_gradients_of_compiled_passes_is_asked_when_it_does(behind: b
     inputs.register_hook(lambda slope: [HOOKS[kind](node) for node in filling] and None)
     refused(model, model.loss(compiled(inputs), batch.targets, batch.mask))
     torch._dynamo.reset()
+
+
+def test_hooks_on_what_makes_public_rows_are_no_hooks_on_a_pass() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    generator = nn.Linear(2, 6)
+    with passes.public():
+        output = model(generator(torch.ones(4, 2)).tanh())
+    for node in nodes_of(output):
+        if node.name() == "TanhBackward0" and node.next_functions[0][0].name() == "AddmmBackward0":
+            HOOKS["looks"](node)
+    output.square().sum().backward()
+    assert generator.weight.grad is not None
+    optimizer.zero_grad()
