@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from weakref import ref
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from clipless_dp.errors import PrivacyError
@@ -46,6 +47,11 @@ def count() -> int:
 def current() -> Any:
     """The node that a backward pass is at; ``None`` outside of one."""
     return torch._C._current_autograd_node()
+
+
+def filling(parameter: Tensor) -> Any:
+    """The node that fills a parameter's gradient. It outlives passes, and hooks on it may be older."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node
 
 
 def weakly(node: Any) -> Callable[[], Any]:

@@ -107,6 +107,43 @@ class Pass:
         """Whether its rows are of a draw that no step has used up."""
         return self.rows is not None and self.rows.draw is not None and not self.rows.draw.used
 
+    def refuse_again(self) -> None:
+        """Refuses to be back-propagated twice, or at second order."""
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                "a second derivative through the wrapped model (a gradient penalty, a Jacobian, create_graph=True) "
+                "passes by the gates, and no bound holds for it. A constraint on the weights "
+                "(constraints.Spectral, constraints.Orthogonal) bounds the slope of the network without one. " + DROPPED
+            )
+        if self.entered:
+            raise PrivacyError(
+                "a pass was back-propagated twice, so that its samples would count twice: back-propagate one loss "
+                "that adds both terms, without retain_graph. " + DROPPED
+            )
+
+    def refuse_hooked(self) -> None:
+        """Refuses hooks that others have put on nodes since it began, where a backward pass enters it.
+
+        Of public rows, nodes are the concern of what made these.
+        """
+        here, put = nodes.current(), nodes.count()
+        if put != self.hooks and not self.public:
+            nodes.refuse_hooked(here)
+        self.entry = nodes.weakly(here), put
+
+    def refuse_later_hooks(self, *filling: Any) -> bool:
+        """Refuses those that were put behind that, also on what fills gradients; tells whether there may be any.
+
+        Args:
+            filling: the nodes that do.
+        """
+        if self.public or self.entry is None:
+            return False
+        node, put = self.entry
+        if put != nodes.count():
+            nodes.refuse_hooked(node(), *filling)
+        return self.hooks != nodes.count()
+
     def refuse_other_inputs(self) -> None:
         """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again.
 

@@ -143,23 +143,11 @@ class Register:
             PrivacyError: it has been there before, or is to be differentiated itself, or what the bounds rest on has
                 changed, or private and public rows come back together, or rows that pad a draw do.
         """
-        try:
-            if torch.is_grad_enabled():
-                raise PrivacyError(
-                    "a second derivative through the wrapped model (a gradient penalty, a Jacobian, create_graph=True) "
-                    "passes by the gates, and no bound holds for it. A constraint on the weights "
-                    "(constraints.Spectral, constraints.Orthogonal) bounds the slope of the network without one. "
-                    + DROPPED
-                )
-            if entering.entered:
-                raise PrivacyError(
-                    "a pass was back-propagated twice, so that its samples would count twice: back-propagate one loss "
-                    "that adds both terms, without retain_graph. " + DROPPED
-                )
+        with self._dropping():
+            entering.refuse_again()
             refuse_interference()
             entering.refuse_other_inputs()
-            model = self._model()
-            if model is not None:
+            if (model := self._model()) is not None:
                 model.check_pass(entering.fingerprint)
             task = torch._C._current_graph_task_id()
             if self._task is not None and self._task[0] == task and self._task[1] != entering.public:
@@ -169,15 +157,9 @@ class Register:
                 )
             if norms is not None:
                 entering.refuse_padding(norms)
-            here, put = nodes.current(), nodes.count()
-            if put != entering.hooks and not entering.public:
-                nodes.refuse_hooked(here)
-            entering.entry = nodes.weakly(here), put
+            entering.refuse_hooked()
             self._task = task, entering.public
             entering.entered = True
-        except BaseException:
-            self.drop()
-            raise
 
     @torch.no_grad()
     def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], filling: Sequence[Any]) -> list[Tensor | None]:
@@ -190,7 +172,10 @@ class Register:
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
-        self._refuse_hooked_since(closing)
+        with self._dropping():
+            if closing.refuse_later_hooks() and (model := self._model()) is not None:
+                # They may have written to weights.
+                model.check_pass(closing.fingerprint)
         counted, left_out = False, False
         self._note_computed(closing)
         added: list[tuple[nn.Parameter, Tensor]] = []
@@ -231,28 +216,6 @@ class Register:
                 self.noted.note(parameter)
         return returned
 
-    def _refuse_hooked_since(self, closing: Pass) -> None:
-        """Refuses nodes that were given hooks after a backward pass had entered, and weights that one has written."""
-        if closing.public:
-            # Nodes of what made its rows are others' concern.
-            return
-        if closing.entry is not None and closing.entry[1] != nodes.count():
-            self._refuse_hooked(closing.entry[0]())
-        model = self._model()
-        if model is not None and nodes.count() != closing.hooks:
-            try:
-                model.check_pass(closing.fingerprint)
-            except PrivacyError:
-                self.drop()
-                raise
-
-    def _refuse_hooked(self, *roots: Any) -> None:
-        try:
-            nodes.refuse_hooked(*roots)
-        except PrivacyError:
-            self.drop()
-            raise
-
     def owed(self) -> list[Pass]:
         """The passes whose private gradients were computed, here or by another wrapper, and that are not settled."""
         self._owed = for_all(self._training(), self._owed)
@@ -287,9 +250,7 @@ class Register:
 
     def open_compiled(self, inputs: Tensor) -> int:
         """As :meth:`open`, for a graph, which knows the pass by a number."""
-        opened = self.open(inputs)
-        number = next(_keys)
-        self._open[number] = opened
+        self._open[number := next(_keys)] = self.open(inputs)
         while len(self._open) > _MOST_OPEN:
             del self._open[next(iter(self._open))]
         return number
@@ -310,10 +271,9 @@ class Register:
             self.reconcile()
             self._awaited = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
         self._engine_task = task
-        trained = [one for one in self.parameters if one.requires_grad]
-        if not self.sharded:
-            # What fills gradients outlives passes, and hooks on it may be older.
-            self._refuse_hooked(*(torch.autograd.graph.get_gradient_edge(one).node for one in trained))
+        trained = self._training()
+        with self._dropping():
+            nodes.refuse_hooked(*(() if self.sharded else map(nodes.filling, trained)))
         self.enter(entering, norms)
         self._note_computed(entering)
         self._pending.append(entering)
@@ -329,9 +289,9 @@ class Register:
         self._filled.add(id(held))
         if self.noted.was_added_to(held):
             self.noted.note(held)
-        entries = [one.entry for one in self._pending if one.entry is not None]
-        if not self.sharded and any(put != nodes.count() for _, put in entries):
-            self._refuse_hooked(torch.autograd.graph.get_gradient_edge(held).node, *(node() for node, _ in entries))
+        with self._dropping():
+            for one in () if self.sharded else self._pending:
+                one.refuse_later_hooks(nodes.filling(held))
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -411,6 +371,15 @@ class Register:
             self.noted.clear()
             self.passes, self._pending, self._taint = [], [], None
             self._filled.clear()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """What is refused within drops the gradients."""
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
 
     @contextmanager
     def apart(

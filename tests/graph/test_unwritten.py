@@ -6,6 +6,7 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import pytest
@@ -128,7 +129,9 @@ def cut_off_data(own: Own, rows: Tensor) -> None:
 @pytest.mark.parametrize("write", [emptied, cut_off, cut_off_data])
 def test_files_hold_no_row_beside_numbers_that_are_as_they_were(write: Callable[[Any, Tensor], object]) -> None:
     model, _ = model_of(write)
-    model.loss(model(ROWS), TARGETS).backward()
+    # A weight that lies elsewhere than on the way forward is refused by itself.
+    with pytest.raises(PrivacyError, match="was changed between") if write is cut_off_data else nullcontext():
+        model.loss(model(ROWS), TARGETS).backward()
     file = io.BytesIO()
     torch.save(model.net.state_dict(), file)
     assert ROWS[5].numpy().tobytes() not in file.getvalue()
