@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,9 +24,21 @@ from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
 
-_Sealing = Callable[[Tensor], Callable[[], None]]
-"""Lets others look at a tensor, in later hooks too, and not change it; returns what a backward pass calls before it
-gets there."""
+
+class _Sealed(Protocol):
+    """A tensor that others may look at, in later hooks too, and not change."""
+
+    def close(self) -> None:
+        """Called by a backward pass before it gets there."""
+        ...
+
+    def require(self) -> None:
+        """Raises where the tensor's numbers are not what they were; called behind the layer's own graph."""
+        ...
+
+
+_Sealing = Callable[[Tensor], _Sealed]
+"""Seals what a layer was given, or has returned."""
 
 
 def is_known(module: nn.Module) -> bool:
@@ -68,9 +80,7 @@ def set_apart_(
         wanted: asked at each pass whether they are to run apart.
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
-        sealing: called with what such a layer was given and has returned, which it may keep: lets whoever has these,
-            and hooks that they are given later, look and not change, and returns what a backward pass calls before it
-            gets there.
+        sealing: called with what such a layer was given and has returned, which it may keep.
 
     Returns:
         Whether there are such layers, or functions.
@@ -236,11 +246,11 @@ class _Visit:
 
     Attributes:
         task: the backward pass through the layer's own graph that the model's graph asked for.
-        closing: called there before anything comes back to what the layer has returned.
+        sealed: what the layer was given and has returned.
     """
 
     task: int | None = None
-    closing: Iterable[Callable[[], None]] = ()
+    sealed: Iterable[_Sealed] = ()
 
 
 class _Apart(torch.autograd.Function):
@@ -264,17 +274,18 @@ class _Apart(torch.autograd.Function):
             outputs = run(inner)
             tracked = [index for index, value in enumerate(outputs) if value.requires_grad]
             ends = [outputs[index] for index in tracked]
-            open_to_hooks = {id(value): value for value in (*ends, *inner[:count]) if value.requires_grad}
-            visit.closing = [sealing(value) for value in open_to_hooks.values()]
+            kept = {id(value): value for value in (*outputs, *inner[:count])}
+            visit.sealed = [sealing(value) for value in kept.values()]
             sealed = _Seal.apply(visit, *ends) if ends else ()  # type: ignore[no-untyped-call]
         edge = torch.autograd.graph.get_gradient_edge
         # Edges, not tensors: what is not needed for the way back is freed.
+        ctx.visit = visit
         ctx.graph = (
             tracked,
             [edge(value) for value in sealed],
             [(index, edge(leaf)) for index, leaf in enumerate(leaves) if leaf.requires_grad],
         )
-        # It may keep what it has returned, which the layers behind it differentiate by.
+        # What it has kept is no memory that the layers behind it read, or write to.
         made = tuple(value.detach().clone() for value in outputs)
         ctx.mark_non_differentiable(*(value for index, value in enumerate(made) if index not in tracked))
         return made
@@ -295,6 +306,9 @@ class _Apart(torch.autograd.Function):
                     retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
                     allow_unused=True,
                 )
+            for sealed in ctx.visit.sealed:
+                sealed.require()
+            ctx.visit.sealed = ()
             for (index, _), gradient in zip(leaves, found, strict=True):
                 gradients[4 + index] = gradient
         return tuple(gradients)
@@ -317,9 +331,8 @@ class _Seal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.visit.task = torch._C._current_graph_task_id()
-        closing, ctx.visit.closing = ctx.visit.closing, ()
-        for close in closing:
-            close()
+        for sealed in ctx.visit.sealed:
+            sealed.close()
         return None, *cotangents
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch._functorch import eager_transforms, vmap
-from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
@@ -73,7 +72,7 @@ def foreign_mode(length: int, at: Callable[[int], Any]) -> str | None:
     """The first mode of a stack, given its length and its entries, that is neither torch's nor this package's."""
     for index in range(length):
         kind = type(at(index))
-        if not (issubclass(kind, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
+        if kind.__module__.partition(".")[0] not in ("torch", "clipless_dp"):
             return f"{kind.__module__}.{kind.__qualname__}"
     return None
 

@@ -158,35 +158,55 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     return copy
 
 
-def sealed(value: Tensor, drop: Callable[[], None]) -> Callable[[], None]:
-    """Lets others look at a tensor, and at what comes back to it, and not change them.
+class Sealed:
+    """Lets others look at a tensor that a layer keeps, and at what comes back to it, and not change them.
 
     Args:
         value: the tensor; hooks that it has are its layer's own, of which the rule is.
         drop: drops the gradients, where later ones change something, or its numbers were written over.
-
-    Returns:
-        To be called in a backward pass before what comes back gets there.
     """
-    known = len(value._backward_hooks or ()) + 1
-    behind = _comparing(value, drop, known)
-    hooks: Any = ref(value._backward_hooks)
-    # The tensor itself would hold its graph, and would not tell of an alias that has outlived it.
-    held, numbers = value.detach(), _numbers(value)
 
-    def close() -> None:
-        now = hooks()
-        if now is not None and len(now) > known:
-            now[nodes.put(RemovableHandle, now).id] = behind
-        if numbers is not None and _numbers(held) != numbers:
-            drop()
+    def __init__(self, value: Tensor, drop: Callable[[], None]) -> None:
+        self._drop = drop
+        self._known = len(value._backward_hooks or ()) + 1
+        self._behind = _comparing(value, drop, self._known) if value.requires_grad else None
+        self._hooks: Any = ref(value._backward_hooks) if value.requires_grad else None
+        # The tensor itself would hold its graph, and would not tell of an alias that has outlived it.
+        self._held, self._value = value.detach(), ref(value)
+        self._bits = fingerprints.of_all(self._held)
+
+    def close(self) -> None:
+        """Called by a backward pass before it gets there.
+
+        Raises:
+            PrivacyError: as :meth:`require`.
+        """
+        now = None if self._hooks is None else self._hooks()
+        if now is not None and len(now) > self._known:
+            now[nodes.put(RemovableHandle, now).id] = self._behind
+        self.require()
+
+    def require(self) -> None:
+        """Called once more behind the layer's own graph.
+
+        Raises:
+            PrivacyError: the numbers were written over since.
+        """
+        value = self._value()
+        elsewhere = value is not None and value.device == self._held.device and not _share(value, self._held)
+        if elsewhere or fingerprints.of_all(self._held) != self._bits:
+            self._drop()
             raise PrivacyError(
                 "what a layer of your own was given or has returned, and has kept, was written to between the forward "
                 "and the backward pass (through .data or NumPy, say), which differentiates by it: write to a copy "
                 "(kept.detach().clone()). The gradients are dropped; nothing was released"
             )
 
-    return close
+
+def _share(value: Tensor, held: Tensor) -> bool:
+    if value.layout != torch.strided or value.is_nested:
+        return True
+    return value.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
 
 
 def _surround(output: Tensor, drop: Callable[[], None]) -> None:

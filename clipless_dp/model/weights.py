@@ -19,7 +19,7 @@ from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import adapting_among
 from clipless_dp.model.rescaling import shrinkage
-from clipless_dp.modules import parameters_in
+from clipless_dp.modules import buffers_of, parameters_in
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import of_all
@@ -58,11 +58,17 @@ def _may_be_fresh(weight: Tensor, operators: tuple[Operator, ...]) -> bool:
     return float(weight.abs().max()) <= 1.0 / math.sqrt(max(1, inputs)) * (1.0 + 1e-6)
 
 
-Mark = tuple[int, int, object]
+Mark = object
+"""What tells that a weight has changed."""
 
 
-def _mark(values: Tensor) -> Mark:
+def _mark(values: Tensor) -> tuple[int, int, object]:
     return values._version, values.data_ptr(), of_all(values)
+
+
+def _bits(buffer: Tensor | None) -> object:
+    """Of a buffer, which a pass may write and put back."""
+    return None if buffer is None else of_all(buffer)
 
 
 class Weights:
@@ -160,8 +166,8 @@ class Weights:
 
     def sensitivity(
         self, here: Placement, parts: Sequence[nn.Module], relation: Relation = "add-or-remove-one"
-    ) -> tuple[Sensitivity, frozenset[str]]:
-        """The bounds, and the names of the weights that they rest on: all, where a rule of a user's own may read any.
+    ) -> tuple[Sensitivity, frozenset[str] | None]:
+        """The bounds, and the names of the weights that they rest on; ``None``: a rule of a user's own may read any.
 
         Args:
             here: where the model is.
@@ -186,7 +192,7 @@ class Weights:
         read = {name: now[name] if name in now else self._stamp(name, here) for name in read_names} if named else {}
         if len(read) == len(read_names):
             self._kept[relation] = key, sensitivity, read
-        return sensitivity, frozenset((*stamps, *(read if named else self._holders)))
+        return sensitivity, frozenset((*stamps, *read)) if named else None
 
     def sensitivity_at_limits(self, here: Placement) -> Sensitivity:
         """The bounds as behind a projection, of weights for which the constraints hold, though it may be long ago."""
@@ -197,19 +203,30 @@ class Weights:
                 limits[name] = self._established(name, here)
         return self._tracker.evaluate(limits, "add-or-remove-one", whole=here.is_whole)[0]
 
-    def marks(self, names: Iterable[str]) -> dict[str, Mark]:
-        """As stamps, but faster: for the time between a forward pass and its backward pass."""
+    def marks(self, names: Iterable[str] | None) -> dict[str, Mark]:
+        """As stamps, but faster: for the time between a forward pass and its backward pass.
+
+        Args:
+            names: of the weights; ``None``: all, and the bits of the buffers that files hold.
+        """
         # Of a weight that is shared by several layers once.
-        return {name: _mark(one) for one, name in {self._parameter(name): name for name in names}.items()}
+        found = {self._parameter(name): name for name in (self._holders if names is None else names)}
+        marks: dict[str, Mark] = {name: _mark(one) for one, name in found.items()}
+        if names is None:
+            marks.update((name, _bits(buffer)) for name, buffer in buffers_of(self._net).items())
+        return marks
 
     def refuse_others(self, marks: Mapping[str, Mark]) -> None:
         """Refuses weights that are not what they were when they were marked."""
-        changed = next((name for name, known in marks.items() if _mark(self._parameter(name)) != known), None)
-        if changed is not None:
-            raise PrivacyError(
-                f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
-                "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
-            )
+        buffers = {} if marks.keys() <= self._holders.keys() else buffers_of(self._net)
+        for name, known in marks.items():
+            now = _mark(self._parameter(name)) if name in self._holders else _bits(buffers.get(name))
+            if now != known:
+                raise PrivacyError(
+                    f"the weight {name!r} was changed between a forward pass and its backward pass, so that no one "
+                    "bound holds for it: change weights before the forward pass, and put them back after the backward "
+                    "pass"
+                )
 
     def marks_of_parts(self, parameters: Iterable[Tensor]) -> list[Mark]:
         """The same of the parts that this process holds of all weights, which a pass gathers and frees elsewhere."""

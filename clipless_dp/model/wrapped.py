@@ -41,7 +41,7 @@ from clipless_dp.model import checks, description, exported, lineage, passes, sa
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
-from clipless_dp.model.own_loss import Between, Own, guarded, sealed
+from clipless_dp.model.own_loss import Between, Own, Sealed, guarded
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -178,7 +178,7 @@ class DPLipModel(Unscripted, nn.Module):
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
         self._has_own_layers = set_apart_(
-            traced.module, passes.is_witnessed, self.register.resting, partial(sealed, drop=self.register.drop)
+            traced.module, passes.is_witnessed, self.register.resting, partial(Sealed, drop=self.register.drop)
         )
         self._traced: TracedNet = traced
         self._counted = {

@@ -224,6 +224,8 @@ def is_plain(optimizer: Optimizer) -> bool:
         is_known(optimizer)
         and not any(map(callable, own.values()))
         and type(optimizer.state) is defaultdict
+        and optimizer.state.default_factory is dict
+        and type(optimizer.param_groups) is list
         and all(type(kept) is dict and _are_plain(kept.values()) for kept in optimizer.state.values())
         and all(type(group) is dict and _are_plain(group.values()) for group in optimizer.param_groups)
         and own["_optimizer_step_pre_hooks"].keys() <= {_guard_of.get(optimizer)}

@@ -328,6 +328,7 @@ class CliplessDPOptimizer(Around):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            refuse_modes()
         with torch.no_grad(), self.model.register.turns.stepping():
             try:
                 self._release()

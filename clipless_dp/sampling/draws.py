@@ -145,8 +145,8 @@ def next_for(user: object, since: int) -> Draw | None:
 
 DRAWN_AGAIN = (
     "this sampler is seeded, so a second pass would draw the same batches again, which amplification does not cover: "
-    "make one sampler with the steps of all passes, go on with start=optimizer.steps_taken, or leave out the seed. To "
-    "go back to a checkpoint, load it into a new optimizer"
+    "make one sampler with the steps of all passes, or begin behind its draws (start=), those that were left out among "
+    "them, or leave out the seed. To go back to a checkpoint, load it into a new optimizer"
 )
 _followed: WeakKeyDictionary[object, set[tuple[object, ...]]] = WeakKeyDictionary()
 

@@ -718,6 +718,19 @@ class Featured(Own):
         return made
 
 
+class Wide(Own):
+    """Makes many features of what it is given."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.__dict__["returned"] = made = values.repeat(1, 300)
+        return made
+
+
+@register_rule(Wide)
+def _wide_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 300.0**0.5 * context.input_norm, lipschitz=300.0**0.5)
+
+
 class Bare(Own):
     """The same of a first layer, without parameters."""
 
@@ -748,11 +761,20 @@ def by_data(kept: Tensor) -> None:
     kept.data *= 255.0
 
 
+def elsewhere(kept: Tensor) -> None:
+    kept.data = (kept.data - kept.data.mean(0)) / kept.data.std(0)
+
+
+def a_column(kept: Tensor) -> None:
+    kept.detach().numpy()[:, 3] *= 255.0
+
+
 @pytest.mark.parametrize("wrap", [gated, gradient_gated, nn.Identity])
-@pytest.mark.parametrize("write", [standardised, by_data])
-@pytest.mark.parametrize("kept", ["given", "returned"])
-def test_what_a_layer_keeps_may_not_be_written_over_between_the_ways(kept, write, wrap):
-    net = nn.Sequential(nn.Linear(8, 8), Featured(), nn.Linear(8, 3))
+@pytest.mark.parametrize("write", [standardised, by_data, elsewhere, a_column])
+@pytest.mark.parametrize(("kept", "place"), [("given", 1), ("returned", 1), ("given", 0)])
+def test_what_a_layer_keeps_may_not_be_written_over_between_the_ways(kept, place, write, wrap):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    net.insert(place, Featured())
     model = model_of(net if wrap is nn.Identity else wrap(net))
     layer = next(part for part in model.net.modules() if isinstance(part, Featured))
     inputs, targets = data()
@@ -761,6 +783,43 @@ def test_what_a_layer_keeps_may_not_be_written_over_between_the_ways(kept, write
     with pytest.raises(PrivacyError, match="has kept, was written to"):
         loss.backward()
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_a_column_of_many_features_may_not_be_written_over():
+    net = nn.Sequential(nn.Linear(8, 8), Wide(), nn.Linear(2400, 3))
+    model = model_of(net)
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    a_column(net[1].returned)
+    with pytest.raises(PrivacyError, match="has kept, was written to"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kept", ["given", "returned"])
+def test_a_hook_on_what_a_layer_keeps_may_not_write_over_it(kept):
+    net = nn.Sequential(nn.Linear(8, 8), Featured(), nn.Linear(8, 3))
+    model = model_of(net)
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+
+    def write(_: Tensor) -> None:
+        getattr(net[1], kept).data.mul_(1000.0)
+
+    net[1].returned.register_hook(write)
+    with pytest.raises(PrivacyError, match="has kept, was written to"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_buffers_that_a_rule_may_have_read_may_not_change_between_the_ways():
+    layer = Featured()
+    layer.register_buffer("centre", torch.zeros(8))
+    model = model_of(nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 3)))
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    layer.centre.data.add_(1.0)
+    with pytest.raises(PrivacyError, match=r"'1\.centre' was changed between"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("kept", ["given", "returned"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from collections.abc import Callable
@@ -468,7 +469,18 @@ def _code_in_method(base: Any) -> None:
     base._init_group = ask
 
 
-@pytest.mark.parametrize("put", [_code_in_rate, _code_in_number, _code_in_momentum, _code_in_method])
+def _code_in_what_makes_a_state(base: Any) -> None:
+    def made() -> dict[str, Any]:
+        Rate(1.0).__neg__()
+        return {}
+
+    base.state = collections.defaultdict(made)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [_code_in_rate, _code_in_number, _code_in_momentum, _code_in_method, _code_in_what_makes_a_state],
+)
 def test_settings_and_state_with_code_of_their_own_make_a_base_optimizer_no_plain_one(
     put: Callable[[Any], None],
 ) -> None:
@@ -494,7 +506,8 @@ def test_settings_and_state_with_code_of_their_own_make_a_base_optimizer_no_plai
     Code.look = Rate.look = None
 
 
-def test_a_mode_of_others_around_a_step_is_refused_and_the_step_can_be_taken_without_it() -> None:
+@pytest.mark.parametrize("where", ["around", "closure"])
+def test_a_mode_of_others_around_a_step_is_refused_and_the_step_can_be_taken_without_it(where: str) -> None:
     class Silent(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return args[0] if func is torch._foreach_add_ else func(*args, **(kwargs or {}))
@@ -504,8 +517,16 @@ def test_a_mode_of_others_around_a_step_is_refused_and_the_step_can_be_taken_wit
     optimizer = CliplessDPOptimizer(model, base, noise_multiplier=1.0, sample_rate=0.1, dataset_size=200)
     (batch,) = PoissonBatches(DATA, sample_rate=0.1, steps=1)
     model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
-    with pytest.raises(PrivacyError, match=r"the mode .*Silent is in force"), Silent():
-        optimizer.step()
+    with contextlib.ExitStack() as modes:
+
+        def closure() -> float:
+            modes.enter_context(Silent())
+            return 0.0
+
+        if where == "around":
+            modes.enter_context(Silent())
+        with pytest.raises(PrivacyError, match=r"the mode .*Silent is in force"):
+            optimizer.step(closure if where == "closure" else None)
     assert len(optimizer.accountant) == 0
     optimizer.step()
     assert len(optimizer.accountant) == 1
