@@ -22,6 +22,7 @@ from clipless_dp import (
     losses,
     passes,
 )
+from clipless_dp.optim.around import is_plain
 from tests.support import EIGHT_ROWS, OwnSGD, gated_model, samples
 
 ROWS, TARGETS = samples(8)
@@ -469,17 +470,9 @@ def _code_in_method(base: Any) -> None:
     base._init_group = ask
 
 
-def _code_in_what_makes_a_state(base: Any) -> None:
-    def made() -> dict[str, Any]:
-        Rate(1.0).__neg__()
-        return {}
-
-    base.state = collections.defaultdict(made)
-
-
 @pytest.mark.parametrize(
     "put",
-    [_code_in_rate, _code_in_number, _code_in_momentum, _code_in_method, _code_in_what_makes_a_state],
+    [_code_in_rate, _code_in_number, _code_in_momentum, _code_in_method],
 )
 def test_settings_and_state_with_code_of_their_own_make_a_base_optimizer_no_plain_one(
     put: Callable[[Any], None],
@@ -504,6 +497,20 @@ def test_settings_and_state_with_code_of_their_own_make_a_base_optimizer_no_plai
         optimizer.step()
     assert not asked
     Code.look = Rate.look = None
+
+
+def test_what_makes_states_and_holds_groups_by_code_of_its_own_makes_no_plain_optimizer() -> None:
+    class Groups(list[Any]):
+        pass
+
+    base = torch.optim.SGD(gated_model().net.parameters(), lr=0.1)
+    assert is_plain(base)
+    base.state = collections.defaultdict(lambda: {}, base.state)
+    assert not is_plain(base)
+    base.state = collections.defaultdict(dict, base.state)
+    assert is_plain(base)
+    base.param_groups = Groups(base.param_groups)
+    assert not is_plain(base)
 
 
 @pytest.mark.parametrize("where", ["around", "closure"])
