@@ -189,7 +189,7 @@ def test_statistics_of_a_preset_are_charged_once_with_training_on_top(tmp_path):
 
 
 RATES = {
-    "photographs-linear": {1.0: 10.0, 3.0: 30.0, 8.0: 50.0},
+    "photographs-linear": {1.0: 10.0, 3.0: 28.0, 8.0: 70.0},
     "photographs-scattering": {1.0: 1.0, 3.0: 4.0, 8.0: 8.0},
 }
 

@@ -198,7 +198,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "of image and mirror image, less their mean (charged), and a gated linear layer",
                 network=linear_from_zero,
                 bound=partial(_normalised_gradients, floor=0.1),
-                settings={"epochs": 30, "sample_rate": 0.2, "lr": {1.0: 10.0, 3.0: 30.0, 8.0: 50.0}, "momentum": 0.0},
+                settings={"epochs": 30, "sample_rate": 0.2, "lr": {1.0: 10.0, 3.0: 28.0, 8.0: 70.0}, "momentum": 0.0},
                 provenance=_CIFAR,
                 front=_whitened,
                 statistics=_without_mean,
