@@ -64,7 +64,8 @@ def main() -> None:
         seconds_of_features = time.perf_counter() - start
         print(f"{preset.name}: {train[0].shape[1]} features in {seconds_of_features:.0f} s", flush=True)
     runs = []
-    for target, seed in itertools.product(options.epsilon, options.seeds):
+    # All ε of a seed before the next seed: whoever stops has something at each.
+    for seed, target in itertools.product(options.seeds, options.epsilon):
         torch.manual_seed(seed)
         start = time.perf_counter()
         trained = preset.fit(

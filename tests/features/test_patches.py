@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipless_dp import CheckpointError, ConfigurationError, DPLipModel, InputError, PrivacyError, losses
 from clipless_dp.constraints import Spectral
-from clipless_dp.features import FrozenFeatures, PatchDictionary, dead_leaves, frozen
+from clipless_dp.features import FrozenFeatures, PatchDictionary, dead_leaves, frozen, patches
 from clipless_dp.robustness import certify
 
 SMALL = {"atoms": 12, "patch_size": 3, "images": 20}
@@ -303,6 +303,18 @@ def test_arguments_out_of_range_and_images_of_ones_own_are_refused(arguments, na
 def test_images_of_another_shape_or_type_are_refused(images):
     with pytest.raises(InputError, match="expected floating-point images"):
         PatchDictionary((8, 8), **SMALL)(images)
+
+
+def test_many_atoms_are_computed_some_at_once_and_are_the_first_ones_of_fewer(monkeypatch):
+    module, images = PatchDictionary((9, 8), **{**SMALL, "atoms": 24}), photographs(5, (9, 8))
+    expected = module(images)
+    few = PatchDictionary((9, 8), **SMALL)(images)
+    both = expected.unflatten(1, (2, 12, 9))[:, :, :6].flatten(1)
+    torch.testing.assert_close(both, few, rtol=1e-4, atol=1e-4)
+    # Fewer than all of them, and a number that does not divide theirs; images one by one.
+    monkeypatch.setattr(patches, "_ATOMS_AT_ONCE", 7)
+    monkeypatch.setattr(patches, "_PLACES_AT_ONCE", 1)
+    torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
