@@ -53,13 +53,16 @@ def spans() -> Iterator[None]:
     """Calls of :data:`SPANS` are told to the profiler by name."""
     with contextlib.ExitStack() as stack:
         for name, (owner, method) in SPANS.items():
-
-            def told(*args: Any, _name: str = name, _call: Callable[..., Any] = getattr(owner, method)) -> Any:
-                with record_function(_name):
-                    return _call(*args)
-
-            stack.enter_context(mock.patch.object(owner, method, told))
+            stack.enter_context(mock.patch.object(owner, method, _told(name, getattr(owner, method))))
         yield
+
+
+def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def told(*args: Any) -> Any:
+        with record_function(name):
+            return call(*args)
+
+    return told
 
 
 def rows_of(kind: str, batch: int, contender: str) -> tuple[float, list[list[str]]]:
@@ -70,10 +73,9 @@ def rows_of(kind: str, batch: int, contender: str) -> tuple[float, list[list[str
         step = CONTENDERS[contender](kind, data, batch)
         for _ in range(5):
             step()
-        with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
-            with record_function("step"):
-                for _ in range(STEPS):
-                    step()
+        with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled, record_function("step"):
+            for _ in range(STEPS):
+                step()
     found = [one for one in profiled.key_averages() if one.device_type == DeviceType.CPU]
     whole = next(one.cpu_time_total for one in found if one.key == "step") / STEPS / 1e3
     rows = []
