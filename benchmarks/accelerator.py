@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from any_network import NETWORKS, ViT
 from step import RESULTS, peak_bytes, synchronize
+from steps import private_step
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, gated, gradient_gated, losses
 from clipless_dp.architectures import lipresnet, lipvgg
 from clipless_dp.model.surroundings import is_out_of_memory
 from clipless_dp.sampling import PoissonBatchSampler
-from clipless_dp.training import compiled_loss
 
 STEPS, RATE_OF_LEARNING, NOISE, TOKENS = 100_000, 0.01, 1.0, 128
 WORDS = 30_522
@@ -120,17 +120,7 @@ def ours(name: str, batch: int, device: torch.device, *, compiled: bool = False)
     batches = iter(
         PoissonBatches((packed, labels), sample_rate=0.125, steps=STEPS, physical_batch_size=max(1, batch // 8))
     )
-    loss: Any = (
-        compiled_loss(model) if compiled else lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
-    )
-
-    def step() -> None:
-        inputs, targets, mask = next(batches)
-        optimizer.zero_grad()
-        loss(inputs, targets, mask).backward()
-        optimizer.step()
-
-    return step
+    return private_step(model, optimizer, batches, compiled=compiled)
 
 
 def ghost(name: str, batch: int, device: torch.device) -> Step:

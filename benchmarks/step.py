@@ -42,11 +42,12 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steps import private_step
+
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
 from clipless_dp.noise import SystemNoise
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
-from clipless_dp.training import compiled_loss
 from clipless_dp.training.memory import traffic
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -222,18 +223,7 @@ def clipless(
     rows = max(8, int(batch**0.5) // 2)
     batches = iter(PoissonBatches(data, sample_rate=rate, steps=STEPS, physical_batch_size=rows))
 
-    def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        return model.loss(model(inputs), targets, mask)
-
-    loss = compiled_loss(model) if compiled else loss
-
-    def step() -> None:
-        inputs, targets, mask = next(batches)
-        optimizer.zero_grad()
-        loss(inputs, targets, mask).backward()
-        optimizer.step()
-
-    return step
+    return private_step(model, optimizer, batches, compiled=compiled)
 
 
 def opacus(kind: str, data: Data, batch: int, *, ghost: bool) -> Step:
