@@ -326,15 +326,19 @@ class Lineage:
             agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
         )
 
-    def add_runs(self, runs: Mapping[str, int], *, frozen: bool = True) -> None:
+    def add_runs(
+        self, runs: Mapping[str, int], *, frozen: bool = True, parameters: Iterable[nn.Parameter] | None = None
+    ) -> None:
         """Notes that these weights come from steps of runs, each from the past of all.
 
         Args:
             runs: how many steps of each.
             frozen: whether that is true of parameters that take no gradients, too.
+            parameters: of the network, where they are at hand.
         """
         self._notice_loaded()
-        traces = [(parameter, _trace_of(parameter)) for parameter in self._parameters()]
+        parameters = self._parameters() if parameters is None else parameters
+        traces = [(parameter, _trace_of(parameter)) for parameter in parameters]
         self._runs = joined = _joined([self._runs, *(trace.runs for _, trace in traces), runs])
         for parameter, trace in traces:
             if frozen or parameter.requires_grad:

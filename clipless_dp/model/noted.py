@@ -21,6 +21,10 @@ class _Held(NamedTuple):
     gradient: ref[Tensor]
     version: int
     sample: object
+    entries: int
+
+    def has_values_of(self, gradient: Tensor) -> bool:
+        return self.sample == fingerprints.sample(gradient, self.sample, self.entries)
 
 
 def is_coded(gradient: Tensor) -> bool:
@@ -41,23 +45,25 @@ class Noted:
         self._held: dict[int, _Held] = {}
         self._buffers: dict[int, int] = {}
 
-    def note(self, parameter: nn.Parameter) -> None:
-        """Takes a gradient as it is."""
+    def note(self, parameter: nn.Parameter, entries: int = fingerprints.SAMPLED) -> None:
+        """Takes a gradient as it is, and so many of its entries."""
         gradient = parameter.grad
         assert gradient is not None
-        self._held[id(parameter)] = _Held(ref(gradient), gradient._version, fingerprints.sample(gradient))
+        self._held[id(parameter)] = _Held(
+            ref(gradient), gradient._version, fingerprints.sample(gradient, entries=entries), entries
+        )
         if self.sharded:
             # Parts that were summed together lie in one buffer, and have one counter.
             part = placement.local(gradient)
             self._buffers[part.untyped_storage().data_ptr()] = part._version
 
-    def note_all(self, parameters: Iterable[nn.Parameter]) -> None:
+    def note_all(self, parameters: Iterable[nn.Parameter], entries: int = fingerprints.SAMPLED) -> None:
         """Takes the gradients of these as they are, and knows of no others."""
         self._held.clear()
         self._buffers.clear()
         for parameter in parameters:
             if parameter.grad is not None:
-                self.note(parameter)
+                self.note(parameter, entries)
 
     def knows(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is the tensor that was noted, and none of torch's operations has changed it."""
@@ -75,7 +81,7 @@ class Noted:
 
     def has_values(self, parameter: nn.Parameter) -> bool:
         """Of a gradient that is known: whether its values are those that were sampled."""
-        return self._held[id(parameter)].sample == fingerprints.sample(cast(Tensor, parameter.grad))
+        return self._held[id(parameter)].has_values_of(cast(Tensor, parameter.grad))
 
     def was_added_to(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is as it was noted but for one operation, or new."""
@@ -88,13 +94,20 @@ class Noted:
             return known.version == gradient._version and before in (None, part._version - 1)
         return known.version == gradient._version - 1
 
-    def require(self, parameters: Iterable[nn.Parameter]) -> None:
+    def require(self, parameters: Iterable[nn.Parameter], *, values: bool) -> None:
         """Refuses gradients that are not those that were noted last, or have changed since.
+
+        Args:
+            parameters: whose gradients they are.
+            values: whether code of others has run since, which may have written beneath autograd's counters.
 
         Raises:
             PrivacyError: one is.
         """
-        if not all(one.grad is None or (self.knows(one) and self.has_values(one)) for one in parameters):
+        if any(
+            one.grad is not None and not (self.knows(one) and (not values or self.has_values(one)))
+            for one in parameters
+        ):
             raise PrivacyError(f"gradients were changed while a step was under way: {IN_STEP}")
 
     def forget(self, parameter: nn.Parameter) -> None:
@@ -113,7 +126,7 @@ class Noted:
     def are_as(self, before: dict[int, _Held], gradients: Mapping[int, Tensor]) -> bool:
         """Whether gradients that were put aside, by the parameters' identities, are what is known of them."""
         return all(
-            self._is(before.get(key), gradient) and before[key].sample == fingerprints.sample(gradient)
+            self._is(before.get(key), gradient) and before[key].has_values_of(gradient)
             for key, gradient in gradients.items()
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from itertools import repeat
 from operator import is_
@@ -65,36 +65,78 @@ class Settings:
 
     Args:
         module: the module.
+
+    Attributes:
+        module: the module.
+        count: how many attributes it has.
+        fixed: those, by name, that are the same as long as they are the same objects.
+        lists: those that are lists of such, and what was in them.
+        is_quick: whether these are all.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.module = module
         self._known = settings_of(module)
         values = vars(module)
-        self._count = len(values)
+        self.count = len(values)
         own = [(name, values[name]) for name in self._known]
         # What cannot change in place is the same as long as it is the same object.
-        fixed = [(name, value) for name, value in own if _is_fixed(value)]
-        self._lists = [(value, list(value)) for _, value in own if type(value) is list and all(map(_is_fixed, value))]
-        fixed += [(name, value) for name, value in own if any(value is some for some, _ in self._lists)]
-        self._names, self._values = [name for name, _ in fixed], [value for _, value in fixed]
-        self._quick = len(fixed) == len(own)
+        self.fixed = [(name, value) for name, value in own if _is_fixed(value)]
+        self.lists = [(value, list(value)) for _, value in own if type(value) is list and all(map(_is_fixed, value))]
+        self.fixed += [(name, value) for name, value in own if any(value is some for some, _ in self.lists)]
+        self.is_quick = len(self.fixed) == len(own)
 
     def hold(self) -> bool:
         """Whether the module is still set so."""
-        values = vars(self._module)
-        # Without a call for each, as every pass asks twice; what is absent is nobody's value.
+        values = vars(self.module)
+        # What is absent is nobody's value.
         if (
-            self._quick
-            and len(values) == self._count
-            and all(map(is_, map(values.get, self._names, repeat(self)), self._values))
+            self.is_quick
+            and len(values) == self.count
+            and all(values.get(name, self) is value for name, value in self.fixed)
+            and _are_as(self.lists)
         ):
-            for value, entries in self._lists:
-                if value != entries:
-                    break
-            else:
-                return True
-        return settings_of(self._module) == self._known
+            return True
+        return settings_of(self.module) == self._known
+
+
+class AllSettings:
+    """The settings of many modules, which are looked at in one go, as every pass does twice.
+
+    Args:
+        settings: of each.
+    """
+
+    def __init__(self, settings: Iterable[Settings]) -> None:
+        self._each = [*settings]
+        quick = [one for one in self._each if one.is_quick]
+        self._slow = [one for one in self._each if not one.is_quick]
+        entries = [(vars(one.module), *entry) for one in quick for entry in one.fixed]
+        self._dicts, self._names, self._values = ([entry[place] for entry in entries] for place in range(3))
+        self._modules = [one.module for one in quick]
+        self._owned = [*map(vars, self._modules)]
+        self._counts = [one.count for one in quick]
+        self._lists = [some for one in quick for some in one.lists]
+
+    def hold(self) -> bool:
+        """Whether all modules are still set so."""
+        # What is absent is nobody's value.
+        known = map(is_, map(_get, self._dicts, self._names, repeat(self)), self._values)
+        if (
+            all(known)
+            and [*map(len, self._owned)] == self._counts
+            and all(map(is_, map(vars, self._modules), self._owned))
+            and _are_as(self._lists)
+        ):
+            return all(one.hold() for one in self._slow)
+        return all(one.hold() for one in self._each)
+
+
+_get = cast("Callable[[dict[str, Any], str, object], object]", dict.get)
+
+
+def _are_as(lists: list[tuple[list[Any], list[Any]]]) -> bool:
+    return all(value == entries for value, entries in lists)
 
 
 def _is_fixed(value: object) -> bool:

@@ -12,7 +12,7 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.graph.tracing import TracedNet, is_leaf
 from clipless_dp.isolation import Isolated
 from clipless_dp.model.overlaps import places, refuse_overlaps
-from clipless_dp.model.settings import Settings
+from clipless_dp.model.settings import AllSettings, Settings
 from clipless_dp.modules import (
     has_hooks,
     is_hooked,
@@ -33,6 +33,7 @@ class Leaf:
     """A bounded module, where it was found, and the settings that its bounds rest on.
 
     Attributes:
+        settings: those of the module, and of what is within it.
         within: the layers within it, of which the bounds of this package's own follow.
         held: which modules they hold.
         kinds: what they are.
@@ -47,14 +48,10 @@ class Leaf:
         origin = self.kind.__module__
         self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
         self.within = self._parts[1:] if self.is_ours else []
-        self._settings = [Settings(part) for part in (module, *self.within)]
+        self.settings = [Settings(part) for part in (module, *self.within)]
         holding = [part for part in (module, *self.within) if part._modules and self.within]
         self.held = [(part._modules, tuple(part._modules.items())) for part in holding]
         self.kinds = [(part, type(part)) for part in self.within]
-
-    def settings_hold(self) -> bool:
-        """Whether the module is set as it was, and what is within it."""
-        return all(settings.hold() for settings in self._settings)
 
     def is_altered(self, net: nn.Module, whole: bool) -> bool:
         """Whether the module was replaced, or anything in it hooked, but by what gathers weights that are not whole."""
@@ -129,6 +126,8 @@ class Watch:
         kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         self._hooks = [getattr(part, kind) for part in parts for kind in kinds]
         self._attributes = [vars(part) for part in parts]
+        self._settings = AllSettings(one for leaf in leaves for one in leaf.settings)
+        self._settings_of_ours = AllSettings(one for leaf in leaves if leaf.is_ours for one in leaf.settings)
         self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
 
     def refuse_interference(self, whole: bool) -> None:
@@ -167,11 +166,11 @@ class Watch:
 
     def settings_hold(self) -> bool:
         """Whether all layers are set as they were."""
-        return all(leaf.settings_hold() for leaf in self.leaves)
+        return self._settings.hold()
 
     def refuse_other_settings(self) -> None:
         """Refuses settings that changed while a pass was under way; a layer of a user's own may keep what it saw."""
-        if not all(leaf.settings_hold() for leaf in self.leaves if leaf.is_ours):
+        if not self._settings_of_ours.hold():
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
                 "no one bound holds for it: change them between steps"

@@ -91,6 +91,11 @@ def source_name(kind: type[NoiseSource]) -> str:
     return _RECORDED_NAMES.get(kind) or f"{kind.__module__}.{kind.__qualname__}"
 
 
+def is_own(source: NoiseSource) -> bool:
+    """Whether a source is one of this package's own, which runs no code of others."""
+    return type(source) in _RECORDED_NAMES and not any(map(callable, vars(source).values()))
+
+
 class SystemNoise:
     """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
 

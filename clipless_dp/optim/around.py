@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -204,13 +204,15 @@ def is_made_of_known(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, tuple(_KNOWN))
 
 
-_SETTINGS = frozenset({bool, int, float, str, type(None), np.float64, np.float32, np.int64})
+_PLAIN = frozenset({bool, int, float, str, type(None), np.float64, np.float32, np.int64, Tensor, nn.Parameter})
 
 
-def _are_plain(values: Iterable[object]) -> bool:
+def _are_plain(values: Collection[object]) -> bool:
     """Whether settings, or what is kept of a parameter, have no code of others; pairs of such among them."""
-    return all(
-        type(value) in _SETTINGS
+    # By their types at once, as several times in each step.
+    others = {*map(type, values)} - _PLAIN
+    return not others or all(
+        type(value) not in others
         or (isinstance(value, Tensor) and not is_coded(type(value)))
         or (type(value) in (tuple, list) and _are_plain(cast("Sequence[object]", value)))
         for value in values

@@ -240,7 +240,7 @@ class Books:
         known = self._lineage
         if self._inherited:
             self.join_weights()
-        known.add_runs({self.run.name: self.run.taken}, frozen=False)
+        known.add_runs({self.run.name: self.run.taken}, frozen=False, parameters=named.values())
         self._inherited = {}
         if not known.unchanged(named, quick=True):
             known.changed += 1

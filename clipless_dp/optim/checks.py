@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.optim.around import everything, guardable, is_known, per_class
+from clipless_dp.optim.around import everything, guardable, is_known, is_plain, per_class
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.sampling.people import Unit
 
@@ -47,6 +48,9 @@ def refuse_settings(base: Optimizer) -> None:
             an optimizer's own ``require_settings()`` refuses its groups.
         PrivacyError: a ``GradScaler`` has left on one of them whether to skip its step, or a scale.
     """
+    settings = _plain_settings(base)
+    if settings is not None and _accepted.get(base) == settings:
+        return
     for one in everything(base):
         for name in ("found_inf", "grad_scale"):
             value = getattr(one, name, None)
@@ -62,6 +66,32 @@ def refuse_settings(base: Optimizer) -> None:
             _refuse_unrunnable(one)
         if hasattr(one, "require_settings"):
             one.require_settings()
+    if settings is not None:
+        _accepted[base] = settings
+
+
+_accepted: WeakKeyDictionary[Optimizer, list[object]] = WeakKeyDictionary()
+"""The settings of plain optimizers that were looked at last: as a rule those of the next step."""
+
+
+def _plain_settings(base: Optimizer) -> list[object] | None:
+    """What :func:`refuse_settings` looks at, where it is numbers alone of one of torch's optimizers, or ours."""
+    own = vars(base)
+    if not is_plain(base) or "found_inf" in own or "grad_scale" in own or hasattr(base, "require_settings"):
+        return None
+    found: list[object] = [*base.defaults]
+    for group in base.param_groups:
+        params = group["params"]
+        found += [params[0].dtype, params[0].device] if params else []
+        for name, value in group.items():
+            if name != "params":
+                found += [name, type(value), value]
+                if not _NUMBERS.issuperset(map(type, value if type(value) is tuple else (value,))):
+                    return None
+    return found
+
+
+_NUMBERS = frozenset({bool, int, float, type(None)})
 
 
 def _refuse_unrunnable(optimizer: Optimizer) -> None:

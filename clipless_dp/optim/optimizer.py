@@ -24,11 +24,11 @@ from clipless_dp.interrupts import completed
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.surroundings import refuse_modes
 from clipless_dp.model.wrapped import require_wrapped
-from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
+from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, is_own, noise_source, source_name
 from clipless_dp.optim import accumulation, base_state, checks, holdings, loadable
 from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
-from clipless_dp.optim.around import Around, Setting
+from clipless_dp.optim.around import Around, Setting, is_plain
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
@@ -37,6 +37,7 @@ from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
+from clipless_dp.sampling.fingerprints import FEW
 from clipless_dp.sampling.people import Unit, refuse_other_units
 from clipless_dp.uncompiled import uncompiled
 
@@ -339,7 +340,8 @@ class CliplessDPOptimizer(Around):
             try:
                 with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
                     tell_noise(self.base_optimizer, self.step_noise)
-                    self.model.register.noted.require(self.model.register.parameters)
+                    # Another thread may have come in; nobody else's code has run.
+                    self.model.register.noted.require(self.model.register.parameters, values=False)
                     self.base_optimizer.step()
                 self.model.project_()
             finally:
@@ -464,7 +466,13 @@ class CliplessDPOptimizer(Around):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         with self.model.register.turns.holding():
-            self.base_optimizer.zero_grad(set_to_none=set_to_none)
+            if set_to_none and is_plain(self.base_optimizer) and "zero_grad" not in vars(type(self.base_optimizer)):
+                # As torch does, without what it costs to keep compilers out.
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            else:
+                self.base_optimizer.zero_grad(set_to_none=set_to_none)
             self._adaptation.drop()
             self.model.register.reconcile()
 
@@ -627,7 +635,8 @@ class CliplessDPOptimizer(Around):
         if passed:
             register.taker = ref(self)
         if passed:
-            register.noted.require(register.parameters)
+            own = is_own(self.noise) and type(self.accountant).__module__.startswith("accounting.")
+            register.noted.require(register.parameters, values=not own)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
         # Further coordinates of the same release.
         counts = self._adaptation.sums(passed=bool(passed)) if of_counts else []
@@ -649,7 +658,8 @@ class CliplessDPOptimizer(Around):
             self._adaptation.drop()
         self.model.project_gradients_()
         self.step_noise = {key: deviation / self.expected_batch_size for key, deviation in deviations.items()}
-        register.noted.note_all(register.parameters)
+        # Raw gradients in place of what is left here differ in all entries.
+        register.noted.note_all(register.parameters, FEW)
 
     def _shared_settings(self) -> dict[str, object]:
         """What must be the same on all ranks."""
