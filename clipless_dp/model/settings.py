@@ -132,7 +132,7 @@ class AllSettings:
         return all(one.hold() for one in self._each)
 
 
-_get = cast("Callable[[dict[str, Any], str, object], object]", dict.get)
+_get = cast("Callable[..., object]", dict.get)
 
 
 def _are_as(lists: list[tuple[list[Any], list[Any]]]) -> bool:
