@@ -30,7 +30,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step import ALLOCATORS, RESULTS, network
+from networks import network
+from step import ALLOCATORS, RESULTS
 
 from clipless_dp import DPLipModel, gradient_gated, losses
 from clipless_dp.gates import gradient_gated_layer

@@ -182,6 +182,10 @@ def test_the_explanations_example_prints_distances_above_what_is_certified(tmp_p
         ["step.py", "--quick", "--networks", "mlp", "--batches", "64", "--contenders", "SGD", "gated", "spectral"],
         ["gradient_gates.py", "--quick"],
         ["sharding.py", "--quick"],
+        pytest.param(
+            ["against.py", "HEAD", "--cells", "mlp:64:gated", "--rounds", "2", "--seconds", "0.05"],
+            marks=pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout: there is no other revision"),
+        ),
     ],
     ids=lambda command: command[0],
 )
