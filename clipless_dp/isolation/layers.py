@@ -31,6 +31,11 @@ def _differs(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
+@handles(cast(Any, Tensor.grad).__get__)
+def gradient(run: Gating, parameter: Tensor) -> None:
+    """None: what stands for a parameter in a pass has no gradient yet. Profilers that record stacks ask each layer."""
+
+
 @handles(functional.linear)
 def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Any:
     """``x Wᵀ + b``, or ``x W + b``."""

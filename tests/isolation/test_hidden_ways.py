@@ -688,6 +688,16 @@ def test_what_looks_alike_is_accepted(name: str) -> None:
     assert most_moved(model_of(FIT[name])) <= 1 + 1e-9
 
 
+def test_a_profiler_that_records_stacks_and_asks_layers_for_gradients_meets_no_gate() -> None:
+    model = model_of(plain)
+    values, targets = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
+    expected = gradients(model, values, targets)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
+        found = gradients(model, values, targets)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.complex64])
 def test_inputs_of_dtypes_that_rows_do_not_hold_are_refused_by_name(dtype: torch.dtype) -> None:
     class Two(nn.Module):
