@@ -132,8 +132,9 @@ def refuse_interference() -> None:
     """
     if _has_foreign_hook():
         raise PrivacyError(
-            "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change "
-            "what the network computes: remove it around the passes of a wrapped model"
+            "a global module hook is registered (torch.nn.modules.module.register_module_…_hook, as FlopCounterMode "
+            "does), which may change what the network computes: remove it around the passes of a wrapped model, and "
+            "count operations of model.net"
         )
     refuse_modes()
     active = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", lambda: None)
