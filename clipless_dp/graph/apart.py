@@ -9,7 +9,7 @@ layer's own graph on the way back. All else that comes to the beginning of that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -21,24 +21,32 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import counts_of
 from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.isolation import Isolated
-from clipless_dp.modules import kind_of
+from clipless_dp.modules import kind_of, numbers_of
 from clipless_dp.rules.base import find_function_rule
 
 
 class _Sealed(Protocol):
-    """A tensor that others may look at, in later hooks too, and not change."""
+    """What others may look at, in later hooks too, and not change."""
 
-    def close(self) -> None:
-        """Called by a backward pass before it gets there."""
+    def close(self, together: Any) -> None:
+        """Called by a backward pass before it gets to the layer's own graph, with all that is sealed of this run."""
         ...
 
     def require(self) -> None:
-        """Raises where the tensor's numbers are not what they were; called behind the layer's own graph."""
+        """Raises where something is not what it was; called behind the layer's own graph."""
         ...
 
 
-_Sealing = Callable[[Tensor], _Sealed]
-"""Seals what a layer was given, or has returned."""
+class _Sealing(Protocol):
+    """Seals what a layer was given, has returned, and is set to."""
+
+    def value(self, value: Tensor) -> _Sealed:
+        """A tensor."""
+        ...
+
+    def settings(self, layer: nn.Module, before: Mapping[tuple[str, str], object]) -> _Sealed:
+        """Attributes, which were others before the layer ran."""
+        ...
 
 
 def is_known(module: nn.Module) -> bool:
@@ -80,7 +88,7 @@ def set_apart_(
         wanted: asked at each pass whether they are to run apart.
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
-        sealing: called with what such a layer was given and has returned, which it may keep.
+        sealing: is given what such a layer was given, has returned, and is set to.
 
     Returns:
         Whether there are such layers, or functions.
@@ -246,11 +254,11 @@ class _Visit:
 
     Attributes:
         task: the backward pass through the layer's own graph that the model's graph asked for.
-        sealed: what the layer was given and has returned.
+        sealed: what the layer was given, has returned, and is set to.
     """
 
     task: int | None = None
-    sealed: Iterable[_Sealed] = ()
+    sealed: Sequence[_Sealed] = ()
 
 
 class _Apart(torch.autograd.Function):
@@ -271,11 +279,15 @@ class _Apart(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
             inner: tuple[Tensor, ...] = _Wall.apply(visit, count, *leaves)  # type: ignore[no-untyped-call]
+            before = {} if layer is None else numbers_of(layer)
             outputs = run(inner)
             tracked = [index for index, value in enumerate(outputs) if value.requires_grad]
             ends = [outputs[index] for index in tracked]
             kept = {id(value): value for value in (*outputs, *inner[:count])}
-            visit.sealed = [sealing(value) for value in kept.values()]
+            visit.sealed = [
+                *(sealing.value(value) for value in kept.values()),
+                *(() if layer is None else (sealing.settings(layer, before),)),
+            ]
             sealed = _Seal.apply(visit, *ends) if ends else ()  # type: ignore[no-untyped-call]
         edge = torch.autograd.graph.get_gradient_edge
         # Edges, not tensors: what is not needed for the way back is freed.
@@ -332,7 +344,7 @@ class _Seal(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.visit.task = torch._C._current_graph_task_id()
         for sealed in ctx.visit.sealed:
-            sealed.close()
+            sealed.close(ctx.visit.sealed)
         return None, *cotangents
 
 

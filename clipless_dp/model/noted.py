@@ -21,10 +21,9 @@ class _Held(NamedTuple):
     gradient: ref[Tensor]
     version: int
     sample: object
-    entries: int
 
     def has_values_of(self, gradient: Tensor) -> bool:
-        return self.sample == fingerprints.sample(gradient, self.sample, self.entries)
+        return self.sample == fingerprints.sample(gradient, self.sample)
 
 
 def is_coded(gradient: Tensor) -> bool:
@@ -45,25 +44,23 @@ class Noted:
         self._held: dict[int, _Held] = {}
         self._buffers: dict[int, int] = {}
 
-    def note(self, parameter: nn.Parameter, entries: int = fingerprints.SAMPLED) -> None:
-        """Takes a gradient as it is, and so many of its entries."""
+    def note(self, parameter: nn.Parameter) -> None:
+        """Takes a gradient as it is."""
         gradient = parameter.grad
         assert gradient is not None
-        self._held[id(parameter)] = _Held(
-            ref(gradient), gradient._version, fingerprints.sample(gradient, entries=entries), entries
-        )
+        self._held[id(parameter)] = _Held(ref(gradient), gradient._version, fingerprints.sample(gradient))
         if self.sharded:
             # Parts that were summed together lie in one buffer, and have one counter.
             part = placement.local(gradient)
             self._buffers[part.untyped_storage().data_ptr()] = part._version
 
-    def note_all(self, parameters: Iterable[nn.Parameter], entries: int = fingerprints.SAMPLED) -> None:
+    def note_all(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes the gradients of these as they are, and knows of no others."""
         self._held.clear()
         self._buffers.clear()
         for parameter in parameters:
             if parameter.grad is not None:
-                self.note(parameter, entries)
+                self.note(parameter)
 
     def knows(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is the tensor that was noted, and none of torch's operations has changed it."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set, Sized
-from typing import Any
-from weakref import ref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
 from clipless_dp.model import nodes
 from clipless_dp.model.rowwise import EVERY, random_numbers
+from clipless_dp.modules import numbers_of
 from clipless_dp.sampling import fingerprints
 from clipless_dp.tensor_types import is_coded
 from clipless_dp.uncompiled import uncompiled
@@ -158,16 +159,82 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     return copy
 
 
+_moving: WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = WeakKeyDictionary()
+"""Which of its numbers a layer sets itself when it runs."""
+
+
+class Sealing:
+    """Seals what one layer's run may not have changed under it until its way back, in one model.
+
+    Args:
+        drop: drops the gradients, where later hooks change something, or numbers were written over.
+        marks: tells weights apart, which a layer's own operations read.
+    """
+
+    def __init__(self, drop: Callable[[], None], marks: Callable[[], object]) -> None:
+        self._drop, self._marks = drop, marks
+
+    def value(self, value: Tensor) -> Sealed:
+        """A tensor that the layer was given, or has returned, and may keep."""
+        return Sealed(value, self._drop, self._marks)
+
+    def settings(self, layer: nn.Module, before: Mapping[tuple[str, str], object]) -> SealedNumbers:
+        """What the layer's own attributes say, which were others before it ran."""
+        return SealedNumbers(layer, before, self._drop)
+
+
+class SealedNumbers:
+    """Numbers in a layer's own attributes, which its way back may read; those that it sets itself are its own.
+
+    Args:
+        layer: the layer, after it has run.
+        before: what they were before.
+        drop: as of :class:`Sealing`.
+    """
+
+    def __init__(self, layer: nn.Module, before: Mapping[tuple[str, str], object], drop: Callable[[], None]) -> None:
+        self._layer, self._drop, self._known = ref(layer), drop, numbers_of(layer)
+        moving = _moving.setdefault(layer, set())
+        moving.update(name for name, value in self._known.items() if name not in before or before[name] != value)
+
+    def hold(self) -> None:
+        """Called where the layer's own operations are next.
+
+        Raises:
+            PrivacyError: a number is another one.
+        """
+        layer = self._layer()
+        if layer is None:
+            return
+        now, moving = numbers_of(layer), _moving.get(layer, ())
+        for name, value in self._known.items():
+            if name not in moving and name in now and now[name] != value:
+                self._drop()
+                raise PrivacyError(
+                    f"{'.'.join(filter(None, name))!r} of a layer of your own, a {type(layer).__name__}, was set to "
+                    "another value between the forward and the backward pass, which may read it, so that no one bound "
+                    "holds for both: set it before the forward pass. The gradients are dropped; nothing was released"
+                )
+
+    def close(self, together: Iterable[SealedNumbers | Sealed]) -> None:
+        """As :meth:`hold`."""
+        self.hold()
+
+    def require(self) -> None:
+        """The way back may count what it does."""
+
+
 class Sealed:
     """Lets others look at a tensor that a layer keeps, and at what comes back to it, and not change them.
 
     Args:
         value: the tensor; hooks that it has are its layer's own, of which the rule is.
-        drop: drops the gradients, where later ones change something, or its numbers were written over.
+        drop: as of :class:`Sealing`.
+        marks: as of :class:`Sealing`.
     """
 
-    def __init__(self, value: Tensor, drop: Callable[[], None]) -> None:
-        self._drop = drop
+    def __init__(self, value: Tensor, drop: Callable[[], None], marks: Callable[[], object]) -> None:
+        self._drop, self._marks = drop, marks
         self._known = len(value._backward_hooks or ()) + 1
         self._behind = _comparing(value, drop, self._known) if value.requires_grad else None
         self._hooks: Any = ref(value._backward_hooks) if value.requires_grad else None
@@ -175,19 +242,40 @@ class Sealed:
         self._held, self._value = value.detach(), ref(value)
         self._bits = fingerprints.of_all(self._held)
 
-    def close(self) -> None:
+    def close(self, together: Iterable[SealedNumbers | Sealed]) -> None:
         """Called by a backward pass before it gets there.
 
+        Args:
+            together: all that is sealed of the layer's run: what one hook writes over, the next may put back.
+
         Raises:
-            PrivacyError: as :meth:`require`.
+            PrivacyError: as :meth:`hold`.
         """
         now = None if self._hooks is None else self._hooks()
         if now is not None and len(now) > self._known:
-            now[nodes.put(RemovableHandle, now).id] = self._behind
-        self.require()
+            compare, marks, before, drop = cast(Any, self._behind), self._marks, self._marks(), self._drop
+
+            def behind(cotangent: Tensor | None) -> None:
+                compare(cotangent)
+                for one in together:
+                    one.hold()
+                if marks() != before:
+                    drop()
+                    raise PrivacyError(
+                        "a hook on what a layer of your own was given or has returned has written to a weight in the "
+                        "middle of the backward pass, which reads it: hooks may look, not change. The gradients are "
+                        "dropped; nothing was released"
+                    )
+
+            now[nodes.put(RemovableHandle, now).id] = behind
+        self.hold()
 
     def require(self) -> None:
-        """Called once more behind the layer's own graph.
+        """As :meth:`hold`; called once more behind the layer's own graph."""
+        self.hold()
+
+    def hold(self) -> None:
+        """Called wherever others may have been.
 
         Raises:
             PrivacyError: the numbers were written over since.

@@ -33,7 +33,7 @@ class Numbers:
         # Of a few numbers, torch takes ten times as long.
         self._array = self._flat.numpy() if self._flat is not None and self._flat.is_cpu else None
         self._weights = _weights(min(values.numel(), _COLUMNS), self._dtype, values.device)
-        self._sampled = fingerprints.sampled(values)
+        self._sampled = fingerprints.Sampled(values)
 
     def are_of(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter's numbers still lie here."""
@@ -41,8 +41,7 @@ class Numbers:
 
     def mark(self, parameter: nn.Parameter) -> Mark:
         """What tells, without a look at all numbers, that they may have changed."""
-        some = self._sampled
-        return placement.local(parameter)._version, self._place[0], None if some is None else some.tobytes()
+        return placement.local(parameter)._version, self._place[0], self._sampled.now()
 
     def sums(self) -> Sums:
         """The sums now, on the device where the numbers are."""

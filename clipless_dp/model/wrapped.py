@@ -41,7 +41,7 @@ from clipless_dp.model import checks, description, exported, lineage, passes, sa
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
-from clipless_dp.model.own_loss import Between, Own, Sealed, guarded
+from clipless_dp.model.own_loss import Between, Own, Sealing, guarded
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -177,9 +177,8 @@ class DPLipModel(Unscripted, nn.Module):
         checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        self._has_own_layers = set_apart_(
-            traced.module, passes.is_witnessed, self.register.resting, partial(Sealed, drop=self.register.drop)
-        )
+        sealing = Sealing(self.register.drop, self._marks_of_weights)
+        self._has_own_layers = set_apart_(traced.module, passes.is_witnessed, self.register.resting, sealing)
         self._traced: TracedNet = traced
         self._counted = {
             f"layers.{name}.{count}"
@@ -467,6 +466,10 @@ class DPLipModel(Unscripted, nn.Module):
         parts = self._follow_changes()
         sensitivity, names = self._weights.sensitivity(self.placement, parts)
         return sensitivity, (self._watch, self._weights.marks(names))
+
+    def _marks_of_weights(self) -> object:
+        """What tells all weights apart within a pass; nothing where processes hold parts of them."""
+        return self._weights.marks(None) if self.placement.is_whole else None
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.

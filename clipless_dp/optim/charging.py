@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from accounting import Accountant
 from accounting.errors import warn_caller
 from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from clipless_dp.model import passes
@@ -67,6 +68,11 @@ class Charge(NamedTuple):
     share: float
     witness: Witness
     draw: Draw | None
+
+
+def is_own_accountant(accountant: Accountant) -> bool:
+    """Whether an accountant is one of this package's, which runs no code of others."""
+    return type(accountant).__module__.startswith("accounting.") and not any(map(callable, vars(accountant).values()))
 
 
 def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:

@@ -105,10 +105,12 @@ def _refuse_unrunnable(optimizer: Optimizer) -> None:
             )
         for name, default in optimizer.defaults.items():
             value, pair = group.get(name, default), isinstance(default, tuple)
-            numbers = isinstance(value, (tuple, list)) and len(value) == len(default) if pair else value is None
-            if not (
-                numbers or (isinstance(value, (Real, Tensor)) and not pair) or not isinstance(default, (Real, tuple))
-            ):
+            if pair:
+                fits = isinstance(value, (tuple, list)) and len(value) == len(default)
+                fits = fits and all(map(_is_number_as, value, default))
+            else:
+                fits = not isinstance(default, Real) or _is_number_as(value, default)
+            if not fits:
                 raise ConfigurationError(
                     f"{name} of parameter group {index} of a {type(optimizer).__name__} is {shown(value)}: give "
                     f"{'as many numbers as' if pair else 'a number as'} {default}. Nothing was charged"
@@ -126,6 +128,13 @@ def _refuse_unrunnable(optimizer: Optimizer) -> None:
 def _arguments_of(kind: type) -> frozenset[str]:
     """What a class takes as settings: loading a state, torch adds ``differentiable`` to the defaults of any."""
     return frozenset(inspect.signature(kind).parameters)
+
+
+def _is_number_as(value: object, default: object) -> bool:
+    """Whether a value is a number, or nothing where a switch is off or nothing is usual."""
+    return isinstance(value, (bool, int, float, np.number, Tensor)) or (
+        value is None and (default is None or isinstance(default, bool))
+    )
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

@@ -31,13 +31,12 @@ from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.around import Around, Setting, is_plain
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
-from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
+from clipless_dp.optim.charging import Sampling, Terms, charge, is_own_accountant, leave_out, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, Taken, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
-from clipless_dp.sampling.fingerprints import FEW
 from clipless_dp.sampling.people import Unit, refuse_other_units
 from clipless_dp.uncompiled import uncompiled
 
@@ -635,7 +634,7 @@ class CliplessDPOptimizer(Around):
         if passed:
             register.taker = ref(self)
         if passed:
-            own = is_own(self.noise) and type(self.accountant).__module__.startswith("accounting.")
+            own = is_own(self.noise) and is_own_accountant(self.accountant)
             register.noted.require(register.parameters, values=not own)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
         # Further coordinates of the same release.
@@ -658,8 +657,7 @@ class CliplessDPOptimizer(Around):
             self._adaptation.drop()
         self.model.project_gradients_()
         self.step_noise = {key: deviation / self.expected_batch_size for key, deviation in deviations.items()}
-        # Raw gradients in place of what is left here differ in all entries.
-        register.noted.note_all(register.parameters, FEW)
+        register.noted.note_all(register.parameters)
 
     def _shared_settings(self) -> dict[str, object]:
         """What must be the same on all ranks."""

@@ -12,24 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAMPLED = 128
+_SAMPLED = 128
 """Entries that are looked at: each is a miss of the cache."""
-
-FEW = 16
-"""So many, where what is looked for changes all of them."""
 
 _SPARSE = 0.5
 """Where so large a share of the entries that are looked at is zero, all are summed up."""
-
-
-@lru_cache(maxsize=512)
-def _step(size: int, entries: int = SAMPLED) -> int:
-    """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
-    and columns."""
-    step = max(1, size // entries)
-    while math.gcd(step, size) > 1:
-        step += 1
-    return step
 
 
 def fingerprint(values: Tensor, known: object = None) -> object:
@@ -59,7 +46,7 @@ def _repeats_one_value(some: np.ndarray[Any, Any]) -> bool:
 
     Of rows that share a fifth of their entries, four agree in less than one case of 10⁵.
     """
-    few = np.sort(some[:: max(1, some.size // SAMPLED)])
+    few = np.sort(some[:: max(1, some.size // _SAMPLED)])
     count = few.size // 5
     return bool((few[count:] == few[: few.size - count]).any()) if count else False
 
@@ -78,12 +65,12 @@ def of_rows(values: Tensor) -> list[bytes]:
     return digests
 
 
-def sample(values: Tensor, known: object = None, entries: int = SAMPLED) -> object:
-    """As :func:`fingerprint`, by so many of the entries, where few of them are zero."""
+def sample(values: Tensor, known: object = None) -> object:
+    """As :func:`fingerprint`, by some of the entries, where few of them are zero."""
     array = _array_of(values)
     if array is None:
         return None
-    some = array[:: _step(array.size, entries)]
+    some = array[_some(array.size)]
     if known is not None and some.tobytes() == known:
         return known
     sparse = np.count_nonzero(some) < (1.0 - _SPARSE) * some.size
@@ -95,13 +82,22 @@ def of_all(values: Tensor) -> object:
     return None if _in_memory(values) is None else _sums_of_bits(values)
 
 
-def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
-    """The entries that :func:`sample` looks at, in the memory that they are in; ``None`` where that has gaps."""
-    flat = _in_memory(values)
-    if flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-        return None
-    entries = _as_array(flat)
-    return entries[:: _step(entries.size)]
+class Sampled:
+    """The entries that :func:`sample` looks at, in the memory that they are in.
+
+    Args:
+        values: the tensor.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        flat = _in_memory(values)
+        apart = flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr()
+        self._entries = None if flat is None or apart else _as_array(flat)
+
+    def now(self) -> bytes | None:
+        """As they are; ``None`` where that memory has gaps, or is not the processor's."""
+        entries = self._entries
+        return None if entries is None else entries[_some(entries.size)].tobytes()
 
 
 _SECRET = secrets.randbits(64)
@@ -109,6 +105,15 @@ _SECRET = secrets.randbits(64)
 
 _OF_EACH_ROW = 4
 """Entries that are looked at: of another row, whose numbers are bits, all of them agree in one case of sixteen."""
+
+
+@lru_cache(maxsize=512)
+def _some(size: int) -> np.ndarray[Any, Any]:
+    """Places of some entries, one in each of as many parts: on no line along which something is written."""
+    if size <= _SAMPLED:
+        return np.arange(size)
+    drawn = np.random.default_rng((_SECRET, size)).random(_SAMPLED)
+    return np.minimum(((np.arange(_SAMPLED) + drawn) * (size / _SAMPLED)).astype(np.int64), size - 1)
 
 
 @lru_cache(maxsize=64)

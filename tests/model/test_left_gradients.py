@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipless_dp import (
     CliplessDPSGD,
     DPLipModel,
+    LayerBounds,
     PoissonBatches,
     PrivacyError,
     PrivacyWarning,
@@ -21,8 +23,11 @@ from clipless_dp import (
     gated,
     gradient_gated,
     losses,
+    register_rule,
 )
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.norms import operators
+from clipless_dp.rules import RuleContext
 from clipless_dp.sampling import Batch
 from tests.support import run_in_threads
 
@@ -301,3 +306,162 @@ def test_a_column_of_a_weight_that_changes_between_the_ways_is_noticed() -> None
     model.net[2].weight.data[:, 7] *= 1e6
     with pytest.raises(PrivacyError, match="changed between a forward pass and its backward pass"):
         loss.backward()
+
+
+def on_few_lines(gradients: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for gradient, other in zip(gradients, new, strict=True):
+        # Where a border of pictures is black, first layers have no gradients.
+        gradient.data[..., 16:] += other[..., 16:]
+
+
+def on_every_second_row(gradients: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for gradient, other in zip(gradients, new, strict=True):
+        gradient.numpy()[1::2] += other.numpy()[1::2]
+
+
+@pytest.mark.parametrize("write", [on_few_lines, on_every_second_row])
+@pytest.mark.parametrize("when", ["before the step", "after it"])
+@pytest.mark.parametrize("shape", [(32, 784), (256, 784), (512, 512), (64, 64)])
+def test_what_is_written_beneath_the_counters_on_some_lines_of_a_gradient_is_noticed(
+    shape: tuple[int, int], when: str, write: Callable[..., None]
+) -> None:
+    torch.manual_seed(0)
+    outputs, inputs = shape
+    model = DPLipModel(
+        gated(nn.Sequential(nn.Linear(inputs, outputs, bias=False), nn.ReLU(), nn.Linear(outputs, 3, bias=False))),
+        input_shape=(inputs,),
+        input_norm=1.0,
+        loss=losses.TauCrossEntropy(),
+    )
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=SIZE)
+    _, targets = data()
+    batches = iter(PoissonBatches((torch.rand(SIZE, inputs), targets), sample_rate=RATE, steps=2))
+    loss_of(model, next(batches)).backward()
+    if when == "after it":
+        optimizer.step()
+    kept = [parameter.grad for parameter in model.net.parameters()]
+    write(kept[:1], [torch.randn_like(kept[0])])
+    if when == "after it":
+        loss_of(model, next(batches)).backward()
+    with pytest.raises(PrivacyError, match="changed, or added to"):
+        optimizer.step()
+
+
+def test_what_an_accountants_own_step_writes_into_gradients_is_refused() -> None:
+    model, optimizer = model_of()
+    honest = optimizer.accountant.step
+
+    def logged(**step: Any) -> None:
+        honest(**step)
+        by_data([parameter.grad for parameter in model.net.parameters()], new)
+
+    (batch,) = drawn(1)
+    new = raw(model)
+    loss_of(model, batch).backward()
+    optimizer.accountant.step = logged  # type: ignore[method-assign]
+    with pytest.raises(PrivacyError, match="changed while a step was under way"):
+        optimizer.step()
+
+
+class Scale(nn.Module):
+    """A layer of one's own that reads its factor once more on the way back, keeps what passes, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.calls = 1.0, 0
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls += 1
+        return checkpoint(lambda some: some * self.factor, values, use_reentrant=False)
+
+
+@register_rule(Scale)
+def rule_of_scale(module: Scale, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=abs(module.factor) * context.input_norm, lipschitz=abs(module.factor))
+
+
+class Product(nn.Module):
+    """A linear layer of one's own that keeps what it was given and has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.given, self.returned = values, values @ self.weight.t()
+        return self.returned
+
+
+@register_rule(Product)
+def rule_of_product(module: Product, context: RuleContext) -> LayerBounds:
+    operator = operators.DenseOperator()
+    return LayerBounds(
+        output_norm=lambda: context.norm("weight", operator) * context.input_norm,
+        lipschitz=lambda: context.norm("weight", operator),
+        gradients={"weight": lambda: context.input_norm},
+        operators={"weight": operator},
+    )
+
+
+def with_own(layer: nn.Module) -> tuple[DPLipModel, CliplessDPSGD]:
+    torch.manual_seed(0)
+    return wrapped(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)))
+
+
+def test_a_number_of_a_layer_of_ones_own_that_is_set_between_the_ways_is_refused() -> None:
+    model, _ = with_own(Scale())
+    (batch,) = drawn(1)
+    loss = loss_of(model, batch)
+    model.net[1].factor = 100.0
+    with pytest.raises(PrivacyError, match="'factor' of a layer of your own"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_a_number_of_a_layer_of_ones_own_may_be_set_before_a_pass_and_moved_by_the_layer() -> None:
+    model, optimizer = with_own(Scale())
+    for number, batch in enumerate(drawn(3)):
+        model.net[1].factor = 1.0 + number
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        with torch.no_grad():
+            model(batch.inputs)
+        loss.backward()
+        bounds = model.sensitivity().per_parameter
+        rows = len(batch.inputs)
+        assert all(float(p.grad.norm()) <= rows * bounds[name] for name, p in model.net.named_parameters())
+        optimizer.step()
+    assert optimizer.steps_taken == 3
+
+
+@pytest.mark.parametrize("of_a_weight", [False, True])
+def test_what_a_hook_writes_on_the_way_back_and_another_one_puts_back_is_refused(of_a_weight: bool) -> None:
+    model, _ = with_own(Product())
+    (batch,) = drawn(1)
+    loss = loss_of(model, batch)
+    layer = model.net[1]
+    written = layer.weight if of_a_weight else layer.given
+    before = written.detach().clone()
+
+    def write(_: Tensor) -> None:
+        written.data.mul_(100.0)
+
+    def put_back(_: Tensor) -> None:
+        written.data.copy_(before)
+
+    layer.returned.register_hook(write)
+    layer.given.register_hook(put_back)
+    with pytest.raises(PrivacyError, match=r"was written to between|has written to a weight"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_hooks_on_what_a_layer_of_ones_own_keeps_may_look() -> None:
+    model, optimizer = with_own(Product())
+    (batch,) = drawn(1)
+    loss = loss_of(model, batch)
+    seen: list[float] = []
+    model.net[1].returned.register_hook(lambda cotangent: seen.append(float(cotangent.norm())))
+    loss.backward()
+    optimizer.step()
+    assert len(seen) == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -483,6 +485,40 @@ def test_a_setting_that_fails_within_a_step_of_torchs_is_refused_before_the_char
     model = gated_model()
     with pytest.raises(ConfigurationError, match=setting):
         private(model, torch.optim.Adam(model.net.parameters(), lr=0.1, **{setting: True}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("SGD", "lr", None),
+        ("Adam", "eps", None),
+        ("Adam", "betas", (None, 0.999)),
+        ("Adam", "betas", (Fraction(9, 10), 0.999)),
+        ("RMSprop", "momentum", None),
+        ("Adam", "weight_decay", Decimal("0.1")),
+    ],
+)
+def test_a_setting_that_torch_cannot_compute_with_is_refused_before_the_charge(
+    kind: str, setting: str, value: object
+) -> None:
+    model = gated_model()
+    optimizer = private(model, getattr(torch.optim, kind)(model.net.parameters(), lr=0.1))
+    step(optimizer)
+    optimizer.param_groups[0][setting] = value
+    charged = len(optimizer.accountant.ledger)
+    with pytest.raises(ConfigurationError, match=setting):
+        step(optimizer)
+    assert len(optimizer.accountant.ledger) == charged
+
+
+@pytest.mark.parametrize(("setting", "value"), [("foreach", None), ("maximize", None), ("eps", (None, 1e-3))])
+def test_a_setting_that_is_nothing_by_default_may_be_nothing(setting: str, value: object) -> None:
+    model = gated_model()
+    kind = torch.optim.Adafactor if setting == "eps" else torch.optim.SGD
+    optimizer = private(model, kind(model.net.parameters(), lr=0.1))
+    optimizer.param_groups[0][setting] = value
+    step(optimizer)
+    assert optimizer.steps_taken == 1
 
 
 def test_an_accumulator_that_begins_from_a_setting_is_new_also_for_parameters_of_one_entry() -> None:
