@@ -113,19 +113,6 @@ def has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-_NUMBERS = frozenset({bool, int, float, complex, str})
-
-
-def numbers_of(layer: nn.Module) -> dict[tuple[str, str], object]:
-    """Numbers, switches and names among the attributes of a layer and its parts, by path and name, but for the mode."""
-    return {
-        (path, name): value
-        for path, part in layer.named_modules()
-        for name, value in vars(part).items()
-        if type(value) in _NUMBERS and name != "training"
-    }
-
-
 def buffers_of(net: nn.Module) -> dict[str, Tensor]:
     """The buffers that files of a network hold, by name."""
     found: dict[str, Tensor] = {}

@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import counts_of
+from clipless_dp.graph.numbers import note_moved, numbers_of
 from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.isolation import Isolated
-from clipless_dp.modules import kind_of, numbers_of
+from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
 
 
@@ -159,7 +160,10 @@ class Apart(nn.Module):
         if torch.compiler.is_compiling():
             return self.layer(*args, **kwargs)
         if not self._wanted():
-            return _on_copies(self.layer, args, kwargs)
+            before = numbers_of(self.layer)
+            made = _on_copies(self.layer, args, kwargs)
+            note_moved(self.layer, before)
+            return made
         return _run_apart(self.layer, self.layer, self._resting, self._sealing, args, kwargs)
 
 
@@ -279,14 +283,16 @@ class _Apart(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
             inner: tuple[Tensor, ...] = _Wall.apply(visit, count, *leaves)  # type: ignore[no-untyped-call]
-            before = {} if layer is None else numbers_of(layer)
+            # Of a network that is run sample by sample they are taken for public constants, as schedules are.
+            numbered = None if isinstance(layer, Isolated) else layer
+            before = {} if numbered is None else numbers_of(numbered)
             outputs = run(inner)
             tracked = [index for index, value in enumerate(outputs) if value.requires_grad]
             ends = [outputs[index] for index in tracked]
             kept = {id(value): value for value in (*outputs, *inner[:count])}
             visit.sealed = [
                 *(sealing.value(value) for value in kept.values()),
-                *(() if layer is None else (sealing.settings(layer, before),)),
+                *(() if numbered is None else (sealing.settings(numbered, before),)),
             ]
             sealed = _Seal.apply(visit, *ends) if ends else ()  # type: ignore[no-untyped-call]
         edge = torch.autograd.graph.get_gradient_edge

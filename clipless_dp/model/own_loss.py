@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
+from clipless_dp.graph.numbers import attributes_of, is_same, moved_by, note_moved, numbers_of
 from clipless_dp.model import nodes
 from clipless_dp.model.rowwise import EVERY, random_numbers
-from clipless_dp.modules import numbers_of
 from clipless_dp.sampling import fingerprints
 from clipless_dp.tensor_types import is_coded
 from clipless_dp.uncompiled import uncompiled
@@ -159,24 +159,20 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     return copy
 
 
-_moving: WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = WeakKeyDictionary()
-"""Which of its numbers a layer sets itself when it runs."""
-
-
 class Sealing:
     """Seals what one layer's run may not have changed under it until its way back, in one model.
 
     Args:
         drop: drops the gradients, where later hooks change something, or numbers were written over.
-        marks: tells weights apart, which a layer's own operations read.
+        watching: looks at all weights, which a layer's own operations read; what it returns refuses other ones.
     """
 
-    def __init__(self, drop: Callable[[], None], marks: Callable[[], object]) -> None:
-        self._drop, self._marks = drop, marks
+    def __init__(self, drop: Callable[[], None], watching: Callable[[], Callable[[], None]]) -> None:
+        self._drop, self._watching = drop, watching
 
     def value(self, value: Tensor) -> Sealed:
         """A tensor that the layer was given, or has returned, and may keep."""
-        return Sealed(value, self._drop, self._marks)
+        return Sealed(value, self._drop, self._watching)
 
     def settings(self, layer: nn.Module, before: Mapping[tuple[str, str], object]) -> SealedNumbers:
         """What the layer's own attributes say, which were others before it ran."""
@@ -194,8 +190,8 @@ class SealedNumbers:
 
     def __init__(self, layer: nn.Module, before: Mapping[tuple[str, str], object], drop: Callable[[], None]) -> None:
         self._layer, self._drop, self._known = ref(layer), drop, numbers_of(layer)
-        moving = _moving.setdefault(layer, set())
-        moving.update(name for name, value in self._known.items() if name not in before or before[name] != value)
+        note_moved(layer, before)
+        self._ahead: Mapping[tuple[str, str], object] = {}
 
     def hold(self) -> None:
         """Called where the layer's own operations are next.
@@ -206,22 +202,29 @@ class SealedNumbers:
         layer = self._layer()
         if layer is None:
             return
-        now, moving = numbers_of(layer), _moving.get(layer, ())
-        for name, value in self._known.items():
-            if name not in moving and name in now and now[name] != value:
+        parts = dict(layer.named_modules())
+        for (path, name), value in self._known.items():
+            now = attributes_of(parts[path]).get(name, self) if path in parts else value
+            if not (is_same(now, value) or (path, name) in moved_by(layer)):
                 self._drop()
                 raise PrivacyError(
-                    f"{'.'.join(filter(None, name))!r} of a layer of your own, a {type(layer).__name__}, was set to "
-                    "another value between the forward and the backward pass, which may read it, so that no one bound "
-                    "holds for both: set it before the forward pass. The gradients are dropped; nothing was released"
+                    f"{'.'.join(filter(None, (path, name)))!r} of a layer of your own, a {type(layer).__name__}, was "
+                    "set to another value between the forward and the backward pass, which may read it, so that no "
+                    "one bound holds for both: set it before the forward pass. The gradients are dropped; nothing was "
+                    "released"
                 )
 
     def close(self, together: Iterable[SealedNumbers | Sealed]) -> None:
         """As :meth:`hold`."""
         self.hold()
+        layer = self._layer()
+        self._ahead = {} if layer is None else numbers_of(layer)
 
     def require(self) -> None:
-        """The way back may count what it does."""
+        """Called behind the layer's own graph, which may count what it does."""
+        layer = self._layer()
+        if layer is not None:
+            note_moved(layer, self._ahead)
 
 
 class Sealed:
@@ -230,14 +233,16 @@ class Sealed:
     Args:
         value: the tensor; hooks that it has are its layer's own, of which the rule is.
         drop: as of :class:`Sealing`.
-        marks: as of :class:`Sealing`.
+        watching: as of :class:`Sealing`.
     """
 
-    def __init__(self, value: Tensor, drop: Callable[[], None], marks: Callable[[], object]) -> None:
-        self._drop, self._marks = drop, marks
-        self._known = len(value._backward_hooks or ()) + 1
-        self._behind = _comparing(value, drop, self._known) if value.requires_grad else None
+    def __init__(self, value: Tensor, drop: Callable[[], None], watching: Callable[[], Callable[[], None]]) -> None:
+        self._drop, self._watching = drop, watching
+        known = frozenset(value._backward_hooks or ())
+        self._behind = _comparing(value, drop, known) if value.requires_grad else None
         self._hooks: Any = ref(value._backward_hooks) if value.requires_grad else None
+        # By their numbers: one that is removed may make room for another.
+        self._met = frozenset(value._backward_hooks or ())
         # The tensor itself would hold its graph, and would not tell of an alias that has outlived it.
         self._held, self._value = value.detach(), ref(value)
         self._bits = fingerprints.of_all(self._held)
@@ -252,26 +257,33 @@ class Sealed:
             PrivacyError: as :meth:`hold`.
         """
         now = None if self._hooks is None else self._hooks()
-        if now is not None and len(now) > self._known:
-            compare, marks, before, drop = cast(Any, self._behind), self._marks, self._marks(), self._drop
+        if now is not None and not now.keys() <= self._met:
+            compare, require_weights = cast(Any, self._behind), self._watching()
 
             def behind(cotangent: Tensor | None) -> None:
                 compare(cotangent)
                 for one in together:
                     one.hold()
-                if marks() != before:
-                    drop()
-                    raise PrivacyError(
-                        "a hook on what a layer of your own was given or has returned has written to a weight in the "
-                        "middle of the backward pass, which reads it: hooks may look, not change. The gradients are "
-                        "dropped; nothing was released"
-                    )
+                require_weights()
 
             now[nodes.put(RemovableHandle, now).id] = behind
+        if now is not None:
+            self._met |= now.keys()
         self.hold()
 
     def require(self) -> None:
-        """As :meth:`hold`; called once more behind the layer's own graph."""
+        """As :meth:`hold`; called once more behind the layer's own graph.
+
+        Raises:
+            PrivacyError: a hook has come meanwhile.
+        """
+        now = None if self._hooks is None else self._hooks()
+        if now is not None and not now.keys() <= self._met:
+            self._drop()
+            raise PrivacyError(
+                "a hook was put on what a layer of your own was given or has returned while a backward pass ran: put "
+                "hooks before it begins. The gradients are dropped; nothing was released"
+            )
         self.hold()
 
     def hold(self) -> None:
@@ -308,19 +320,21 @@ def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     nodes.put(output.register_hook, behind)
 
 
-def _comparing(hooked: Tensor, drop: Callable[[], None], unless: int = 0) -> Callable[[Tensor | None], None]:
+def _comparing(
+    hooked: Tensor, drop: Callable[[], None], unless: Set[int] | None = None
+) -> Callable[[Tensor | None], None]:
     """A hook that refuses what is not as it came to a tensor, which a first one, put there, notes.
 
     Args:
         hooked: the tensor.
         drop: drops the gradients, where it is not.
-        unless: nothing is noted where there are so few hooks.
+        unless: nothing is noted where there are no hooks but these, by their numbers.
     """
     came: list[tuple[Tensor | None, int, object]] = []
 
     def ahead(cotangent: Tensor | None) -> None:
         others = hooks()
-        if others is not None and len(others) <= unless:
+        if others is not None and unless is not None and others.keys() <= {*unless, handle.id}:
             return
         # Where there is no other one, nobody is given what could be written to.
         alone = others is not None and len(others) == 1
@@ -340,9 +354,9 @@ def _comparing(hooked: Tensor, drop: Callable[[], None], unless: int = 0) -> Cal
 
     # Who saves an output is not warned of them.
     unserializable_hook(ahead)
-    nodes.put(hooked.register_hook, ahead)
+    handle = nodes.put(hooked.register_hook, ahead)
     # Which outlive the tensor, as a part of the graph, and would hold themselves.
-    hooks: ref[Sized] = ref(hooked._backward_hooks)  # type: ignore[arg-type]
+    hooks: ref[Any] = ref(hooked._backward_hooks)
     return behind
 
 

@@ -177,7 +177,7 @@ class DPLipModel(Unscripted, nn.Module):
         checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        sealing = Sealing(self.register.drop, self._marks_of_weights)
+        sealing = Sealing(self.register.drop, self._watching_weights)
         self._has_own_layers = set_apart_(traced.module, passes.is_witnessed, self.register.resting, sealing)
         self._traced: TracedNet = traced
         self._counted = {
@@ -467,9 +467,22 @@ class DPLipModel(Unscripted, nn.Module):
         sensitivity, names = self._weights.sensitivity(self.placement, parts)
         return sensitivity, (self._watch, self._weights.marks(names))
 
-    def _marks_of_weights(self) -> object:
-        """What tells all weights apart within a pass; nothing where processes hold parts of them."""
-        return self._weights.marks(None) if self.placement.is_whole else None
+    def _watching_weights(self) -> Callable[[], None]:
+        """Looks at all weights in the middle of a pass; what it returns refuses other ones, and drops the gradients.
+
+        Where processes hold parts of them, nothing does.
+        """
+        whole = self.placement.is_whole
+        marks = self._weights.marks(None) if whole else {}
+
+        def require() -> None:
+            try:
+                self._weights.refuse_others(marks)
+            except PrivacyError:
+                self.register.drop()
+                raise
+
+        return require
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.

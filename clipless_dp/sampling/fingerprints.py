@@ -159,7 +159,8 @@ def _in_memory(values: Tensor) -> Tensor | None:
         return _in_memory(values.to_local())
     if not values.is_contiguous():
         values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
-    return values.reshape(-1)
+    # One stride throughout is a view without gaps to torch.
+    return values.reshape(-1).contiguous()
 
 
 def _sums_of_bits(values: Tensor) -> bytes:

@@ -370,6 +370,8 @@ class Scale(nn.Module):
         super().__init__()
         self.factor, self.calls = 1.0, 0
 
+    base = 0.0
+
     def forward(self, values: Tensor) -> Tensor:
         self.calls += 1
         return checkpoint(lambda some: some * self.factor, values, use_reentrant=False)
@@ -408,14 +410,67 @@ def with_own(layer: nn.Module) -> tuple[DPLipModel, CliplessDPSGD]:
     return wrapped(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)))
 
 
-def test_a_number_of_a_layer_of_ones_own_that_is_set_between_the_ways_is_refused() -> None:
+def of_the_class(layer: nn.Module, value: object) -> None:
+    type(layer).base = value  # type: ignore[attr-defined]
+
+
+CHANGES: dict[str, tuple[object, object]] = {
+    "a number": (1.0, 100.0),
+    "one of NumPy's": (1.0, np.float64(100.0)),
+    "a tensor": (1.0, torch.tensor(100.0)),
+    "nothing before": (None, 100.0),
+    "no number before": (float("nan"), 100.0),
+    "a switch": (False, True),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "of its class"])
+def test_a_number_of_a_layer_of_ones_own_that_is_set_between_the_ways_is_refused(change: str) -> None:
     model, _ = with_own(Scale())
     (batch,) = drawn(1)
+    layer = model.net[1]
+    before, after = CHANGES.get(change, (1.0, 100.0))
+    layer.offset = before
     loss = loss_of(model, batch)
-    model.net[1].factor = 100.0
-    with pytest.raises(PrivacyError, match="'factor' of a layer of your own"):
-        loss.backward()
+    try:
+        if change == "of its class":
+            of_the_class(layer, after)
+        else:
+            layer.offset = after
+        with pytest.raises(PrivacyError, match="of a layer of your own"):
+            loss.backward()
+    finally:
+        of_the_class(layer, 0.0)
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_a_layer_of_ones_own_may_count_on_the_way_back_and_in_evaluation() -> None:
+    class Counting(Scale):
+        def forward(self, values: Tensor) -> Tensor:
+            self.evaluated = getattr(self, "evaluated", 0) + (not self.training)
+            made = super().forward(values)
+            if made.requires_grad:
+                made.register_hook(self._count)
+            return made
+
+        def _count(self, cotangent: Tensor) -> None:
+            self.seen = getattr(self, "seen", 0) + 1
+
+    register_rule(Counting)(rule_of_scale)
+    layer = Counting()
+    layer.seen = 0
+    torch.manual_seed(0)
+    model, optimizer = wrapped(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 8), layer, nn.Linear(8, 3)))
+    for batch in drawn(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        model.eval()
+        model(batch.inputs)
+        model.train()
+        loss.backward()
+        optimizer.step()
+    assert optimizer.steps_taken == 3
+    assert layer.seen >= 6
 
 
 def test_a_number_of_a_layer_of_ones_own_may_be_set_before_a_pass_and_moved_by_the_layer() -> None:
@@ -451,9 +506,51 @@ def test_what_a_hook_writes_on_the_way_back_and_another_one_puts_back_is_refused
 
     layer.returned.register_hook(write)
     layer.given.register_hook(put_back)
-    with pytest.raises(PrivacyError, match=r"was written to between|has written to a weight"):
+    with pytest.raises(PrivacyError, match=r"was written to between|was changed between a forward pass"):
         loss.backward()
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_a_hook_in_place_of_the_layers_own_and_one_put_on_the_way_back_are_refused() -> None:
+    class Hooked(Product):
+        def forward(self, values: Tensor) -> Tensor:
+            made = super().forward(values)
+            self.handle = made.register_hook(lambda cotangent: None) if made.requires_grad else None
+            return made
+
+    def exchange(layer: Any) -> None:
+        layer.handle.remove()
+        layer.returned.register_hook(lambda cotangent: cotangent * 1000.0)
+
+    def late(layer: Any) -> None:
+        def put(_: Tensor) -> None:
+            layer.given.register_hook(lambda cotangent: cotangent * 1000.0)
+
+        layer.returned.register_hook(put)
+
+    register_rule(Hooked)(rule_of_product)
+    for act in (exchange, late):
+        model, _ = with_own(Hooked())
+        (batch,) = drawn(1)
+        loss = loss_of(model, batch)
+        act(model.net[1])
+        with pytest.raises(PrivacyError, match=r"has changed what comes back|while a backward pass ran"):
+            loss.backward()
+        assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_weights_of_one_stride_throughout_are_trained() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    net[0].weight = nn.Parameter((torch.randn(64, 128) * 0.05)[:, ::2])
+    model = DPLipModel(gated(net), input_shape=(64,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=SIZE)
+    _, targets = data()
+    for batch in PoissonBatches((torch.rand(SIZE, 64), targets), sample_rate=RATE, steps=2):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert optimizer.steps_taken == 2
 
 
 def test_hooks_on_what_a_layer_of_ones_own_keeps_may_look() -> None:
