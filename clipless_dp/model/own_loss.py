@@ -202,9 +202,9 @@ class SealedNumbers:
         layer = self._layer()
         if layer is None:
             return
-        parts = dict(layer.named_modules())
+        here = {path: attributes_of(part) for path, part in layer.named_modules()}
         for (path, name), value in self._known.items():
-            now = attributes_of(parts[path]).get(name, self) if path in parts else value
+            now = here[path].get(name, self) if path in here else value
             if not (is_same(now, value) or (path, name) in moved_by(layer)):
                 self._drop()
                 raise PrivacyError(

@@ -88,15 +88,6 @@ class Settings:
 
     def hold(self) -> bool:
         """Whether the module is still set so."""
-        values = vars(self.module)
-        # What is absent is nobody's value.
-        if (
-            self.is_quick
-            and len(values) == self.count
-            and all(values.get(name, self) is value for name, value in self.fixed)
-            and _are_as(self.lists)
-        ):
-            return True
         return settings_of(self.module) == self._known
 
 
