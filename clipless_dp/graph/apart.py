@@ -9,7 +9,7 @@ layer's own graph on the way back. All else that comes to the beginning of that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import counts_of
-from clipless_dp.graph.numbers import note_moved, numbers_of
+from clipless_dp.graph.numbers import moving
 from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
@@ -45,8 +45,8 @@ class _Sealing(Protocol):
         """A tensor."""
         ...
 
-    def settings(self, layer: nn.Module, before: Mapping[tuple[str, str], object]) -> _Sealed:
-        """Attributes, which were others before the layer ran."""
+    def settings(self, layer: nn.Module) -> _Sealed:
+        """Numbers in attributes, as the layer has left them."""
         ...
 
 
@@ -160,10 +160,8 @@ class Apart(nn.Module):
         if torch.compiler.is_compiling():
             return self.layer(*args, **kwargs)
         if not self._wanted():
-            before = numbers_of(self.layer)
-            made = _on_copies(self.layer, args, kwargs)
-            note_moved(self.layer, before)
-            return made
+            with moving(self.layer):
+                return _on_copies(self.layer, args, kwargs)
         return _run_apart(self.layer, self.layer, self._resting, self._sealing, args, kwargs)
 
 
@@ -285,14 +283,14 @@ class _Apart(torch.autograd.Function):
             inner: tuple[Tensor, ...] = _Wall.apply(visit, count, *leaves)  # type: ignore[no-untyped-call]
             # Of a network that is run sample by sample they are taken for public constants, as schedules are.
             numbered = None if isinstance(layer, Isolated) else layer
-            before = {} if numbered is None else numbers_of(numbered)
-            outputs = run(inner)
+            with nullcontext() if numbered is None else moving(numbered):
+                outputs = run(inner)
             tracked = [index for index, value in enumerate(outputs) if value.requires_grad]
             ends = [outputs[index] for index in tracked]
             kept = {id(value): value for value in (*outputs, *inner[:count])}
             visit.sealed = [
                 *(sealing.value(value) for value in kept.values()),
-                *(() if numbered is None else (sealing.settings(numbered, before),)),
+                *(() if numbered is None else (sealing.settings(numbered),)),
             ]
             sealed = _Seal.apply(visit, *ends) if ends else ()  # type: ignore[no-untyped-call]
         edge = torch.autograd.graph.get_gradient_edge

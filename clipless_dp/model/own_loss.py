@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, cast
 from weakref import ref
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
-from clipless_dp.graph.numbers import attributes_of, is_same, moved_by, note_moved, numbers_of
+from clipless_dp.graph.numbers import Numbers, moved_by, note_moved, numbers_of
 from clipless_dp.model import nodes
 from clipless_dp.model.rowwise import EVERY, random_numbers
 from clipless_dp.sampling import fingerprints
@@ -174,9 +174,9 @@ class Sealing:
         """A tensor that the layer was given, or has returned, and may keep."""
         return Sealed(value, self._drop, self._watching)
 
-    def settings(self, layer: nn.Module, before: Mapping[tuple[str, str], object]) -> SealedNumbers:
-        """What the layer's own attributes say, which were others before it ran."""
-        return SealedNumbers(layer, before, self._drop)
+    def settings(self, layer: nn.Module) -> SealedNumbers:
+        """What the layer's own attributes say, as it has left them."""
+        return SealedNumbers(layer, self._drop)
 
 
 class SealedNumbers:
@@ -184,14 +184,12 @@ class SealedNumbers:
 
     Args:
         layer: the layer, after it has run.
-        before: what they were before.
         drop: as of :class:`Sealing`.
     """
 
-    def __init__(self, layer: nn.Module, before: Mapping[tuple[str, str], object], drop: Callable[[], None]) -> None:
+    def __init__(self, layer: nn.Module, drop: Callable[[], None]) -> None:
         self._layer, self._drop, self._known = ref(layer), drop, numbers_of(layer)
-        note_moved(layer, before)
-        self._ahead: Mapping[tuple[str, str], object] = {}
+        self._ahead: Numbers = {}
 
     def hold(self) -> None:
         """Called where the layer's own operations are next.
@@ -202,10 +200,9 @@ class SealedNumbers:
         layer = self._layer()
         if layer is None:
             return
-        here = {path: attributes_of(part) for path, part in layer.named_modules()}
+        now, paths = numbers_of(layer), {path for path, _ in layer.named_modules()}
         for (path, name), value in self._known.items():
-            now = here[path].get(name, self) if path in here else value
-            if not (is_same(now, value) or (path, name) in moved_by(layer)):
+            if path in paths and now.get((path, name)) != value and (path, name) not in moved_by(layer):
                 self._drop()
                 raise PrivacyError(
                     f"{'.'.join(filter(None, (path, name)))!r} of a layer of your own, a {type(layer).__name__}, was "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -363,12 +364,25 @@ def test_what_an_accountants_own_step_writes_into_gradients_is_refused() -> None
         optimizer.step()
 
 
-class Scale(nn.Module):
+class Beside:
+    """What a layer's class has beside torch's."""
+
+    beside: object = 0.0
+
+
+class Slotted:
+    """A class that keeps what it has in a slot."""
+
+    __slots__ = ("slot",)
+
+
+class Scale(nn.Module, Beside, Slotted):  # type: ignore[misc]
     """A layer of one's own that reads its factor once more on the way back, keeps what passes, and counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.factor, self.calls = 1.0, 0
+        self.record = np.zeros(1, [("value", float)])[0]
 
     base = 0.0
 
@@ -410,8 +424,42 @@ def with_own(layer: nn.Module) -> tuple[DPLipModel, CliplessDPSGD]:
     return wrapped(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)))
 
 
+class EqualToAll(float):
+    """As a number may be that compares by a code of its own."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def of_the_class(layer: nn.Module, value: object) -> None:
     type(layer).base = value  # type: ignore[attr-defined]
+
+
+def of_a_class_beside_it(layer: nn.Module, value: object) -> None:
+    Beside.beside = value
+
+
+def in_place(layer: Any, value: float) -> None:
+    layer.record["value"] = value
+
+
+def in_a_slot(layer: Any, value: float) -> None:
+    layer.slot = value
+
+
+def to_the_other_mode(layer: nn.Module, value: object) -> None:
+    layer.train(not value)
+
+
+ELSEWHERE: dict[str, Callable[[Any, Any], None]] = {
+    "of its class": of_the_class,
+    "of a class beside torch's": of_a_class_beside_it,
+    "a record, in place": in_place,
+    "in a slot": in_a_slot,
+    "the mode": to_the_other_mode,
+}
 
 
 CHANGES: dict[str, tuple[object, object]] = {
@@ -421,27 +469,47 @@ CHANGES: dict[str, tuple[object, object]] = {
     "nothing before": (None, 100.0),
     "no number before": (float("nan"), 100.0),
     "a switch": (False, True),
+    "a decimal": (Decimal(1), Decimal(100)),
+    "one that is equal to all": (1.0, EqualToAll(100.0)),
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "of its class"])
+@pytest.mark.parametrize("change", [*CHANGES, *ELSEWHERE])
 def test_a_number_of_a_layer_of_ones_own_that_is_set_between_the_ways_is_refused(change: str) -> None:
     model, _ = with_own(Scale())
     (batch,) = drawn(1)
     layer = model.net[1]
-    before, after = CHANGES.get(change, (1.0, 100.0))
-    layer.offset = before
+    before, after = CHANGES.get(change, (0.0, 100.0))
+    elsewhere = ELSEWHERE.get(change, lambda layer, value: setattr(layer, "offset", value))
+    elsewhere(layer, before)
     loss = loss_of(model, batch)
     try:
-        if change == "of its class":
-            of_the_class(layer, after)
-        else:
-            layer.offset = after
+        elsewhere(layer, after)
         with pytest.raises(PrivacyError, match="of a layer of your own"):
             loss.backward()
     finally:
-        of_the_class(layer, 0.0)
+        elsewhere(layer, before)
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_what_a_layer_of_ones_own_counted_before_it_failed_is_its_own() -> None:
+    class Failing(Scale):
+        def forward(self, values: Tensor) -> Tensor:
+            self.tried = getattr(self, "tried", 0) + 1
+            if len(values) == 1:
+                raise ValueError("one row")
+            return super().forward(values)
+
+    register_rule(Failing)(rule_of_scale)
+    layer = Failing()
+    layer.tried = 0
+    model, optimizer = with_own(layer)
+    (batch,) = drawn(1)
+    loss = loss_of(model, batch)
+    with pytest.raises(ValueError, match="one row"), torch.no_grad():
+        model(batch.inputs[:1])
+    loss.backward()
+    optimizer.step()
 
 
 def test_a_layer_of_ones_own_may_count_on_the_way_back_and_in_evaluation() -> None:
